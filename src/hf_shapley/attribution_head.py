@@ -1,0 +1,362 @@
+"""From patch tokens to votes, attributions and logits; shared by every backbone.
+
+Each present patch n votes Phi_n(x_S) in R^K, already divided by the number of players N. The value of a coalition is
+v(S) = base + sum_{n in S} Phi_n(x_S); the logits are v(all), and the attributions sum to v(all) - v(empty) by construction.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .coalitions import check_coalitions, coalitions_to_ids, ids_to_coalitions, sum_over_coalitions
+
+
+@dataclass
+class ShapleyImageClassifierOutput(ModelOutput):
+    """What one forward pass of a Shapley image classifier gives: B images, N players, K labels.
+
+    Args:
+        loss: classification loss, scalar; when `labels` were given.
+        logits: (B, K), float32: v(all) = base_values + votes summed over players.
+        attributions: (B, N, K), float32, in logits: what each patch adds for each label; their sum over players is
+            logits - base_values.
+        base_values: (K), float32: v(empty), the same for every image.
+        coalition_votes: (B', R, N, K), float32: each player's vote when it sees only its own coalition; when
+            `coalition_ids` (B', R, N) were given.
+        hidden_states: the backbone's, when asked for.
+        attentions: the backbone's, when asked for (ViT).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    attributions: Tensor | None = None
+    base_values: Tensor | None = None
+    coalition_votes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
+    """Return `tensor` unchanged, with `scale` times its gradient: 1 lets it flow, 0 detaches."""
+    if scale == 1:
+        return tensor
+    detached = tensor.detach()
+    return detached if scale == 0 else detached + scale * (tensor - detached)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, so that what it adds starts at nothing."""
+
+
+class ResidualMLP(nn.Module):
+    """x + MLP(norm(x)) on each token by itself; starts as the identity, so that a plain checkpoint keeps its meaning."""
+
+    def __init__(self, hidden_size: int, hidden_act: str):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.act = ACT2FN[hidden_act]
+        self.fc2 = ZeroLinear(4 * hidden_size, hidden_size)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return tokens + self.fc2(self.act(self.fc1(self.norm(tokens))))
+
+
+class AttributionHead(nn.Module):
+    """Patch tokens to votes and, with "votes+influence", to attributions that differ from votes by a zero-sum term.
+
+    Exactly, the Shapley value of player i is the mean of its own vote over the coalitions that hold it, plus the mean
+    of its influence on the votes of others. The second part is what the influence term learns.
+
+    Args:
+        config: a Shapley configuration.
+        hidden_size: D, width of the tokens.
+        make_block: builds one backbone layer that takes (tokens, grid); for `influence_block="backbone"`.
+    """
+
+    def __init__(self, config, hidden_size: int, make_block: Callable[[], nn.Module]):
+        super().__init__()
+        self.vote_gradient = config.vote_gradient
+        self.influence_gradient = config.influence_gradient
+        self.vote_blocks = nn.ModuleList(
+            ResidualMLP(hidden_size, config.hidden_act) for _ in range(config.vote_layers)
+        )
+        self.influence = None
+        if config.attribution_head == "votes+influence":
+            mlp = config.influence_block == "mlp"
+            self.influence_blocks = nn.ModuleList(
+                ResidualMLP(hidden_size, config.hidden_act) if mlp else make_block()
+                for _ in range(config.influence_layers)
+            )
+            self.influence_norm = nn.LayerNorm(hidden_size)
+            self.influence = ZeroLinear(hidden_size, config.num_labels, bias=False)
+
+    def votes(self, tokens: Tensor, classifier: nn.Linear) -> Tensor:
+        """Each token's vote: (..., N, D) -> (..., N, K), float32, divided by the number of players N."""
+        num_players = tokens.shape[-2]
+        for block in self.vote_blocks:
+            tokens = block(tokens)
+        return nn.functional.linear(tokens, classifier.weight).float() / num_players
+
+    def attributions(self, tokens: Tensor, votes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Votes of the full image, plus the influence term where there is one: (B, N, D), (B, N, K) -> (B, N, K)."""
+        votes = scale_gradient(votes, self.vote_gradient)
+        if self.influence is None:
+            return votes
+        tokens = scale_gradient(tokens, self.influence_gradient)
+        for block in self.influence_blocks:
+            tokens = block(tokens, grid)
+        influence = self.influence(self.influence_norm(tokens)).float() / tokens.shape[-2]
+        return votes + (influence - influence.mean(dim=-2, keepdim=True))
+
+
+class ShapleyImageClassifierMixin:
+    """Forward, explanation and game of a Shapley image classifier, over three hooks that each backbone provides.
+
+    `_embed(pixel_values, interpolate_pos_encoding)` gives the patch embeddings, `_tokens(embeddings)` the tokens
+    (B, N, D) of the full image, and `_structured_tokens(embeddings, coalition_ids, num_coalitions)` the tokens
+    (B', R, N, D) of players that see only their own coalition.
+    """
+
+    # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+
+    def _base_values(self) -> Tensor:
+        return self.classifier.bias.float()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        coalition_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        num_coalitions: int | None = None,
+        **kwargs,
+    ) -> ShapleyImageClassifierOutput:
+        """Classify images, attribute every label to the patches and, if asked, play the game.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            coalition_ids: (B', R, N) long, B' <= B: R coalition structures for each of the first B' images; players
+                of one id see only each other. Ids lie in [0, N).
+            labels: (B) long for a single label; what `config.problem_type` says otherwise.
+            interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+            num_coalitions: G, one more than the largest id; given, the device is not waited for to find it out, and
+                the ids' range is not checked.
+            **kwargs: `output_hidden_states`, `output_attentions`, for the ordinary forward only.
+
+        Returns:
+            [`ShapleyImageClassifierOutput`].
+
+        Raises:
+            ValueError: for pixels or ids of a wrong shape, dtype or range.
+        """
+        grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
+        recorded = {}
+        structured = None
+        if coalition_ids is None:
+            tokens, recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
+        else:
+            if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions")):
+                raise ValueError(
+                    "Hidden states and attentions are recorded for the ordinary forward only: drop `coalition_ids`."
+                )
+            num_coalitions = _check_coalition_ids(coalition_ids, num_coalitions, len(pixel_values), grid)
+            embeddings = self._embed(pixel_values, interpolate_pos_encoding)
+            tokens = self._tokens(embeddings)  # (B, N, D)
+            structured = self._structured_tokens(embeddings, coalition_ids, num_coalitions)  # (B', R, N, D)
+
+        votes = self.attribution_head.votes(tokens, self.classifier)  # (B, N, K)
+        base_values = self._base_values()
+        logits = base_values + votes.sum(dim=1)
+        return ShapleyImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            attributions=self.attribution_head.attributions(tokens, votes, grid),
+            base_values=base_values,
+            coalition_votes=None if structured is None else self.attribution_head.votes(structured, self.classifier),
+            **recorded,
+        )
+
+    @torch.no_grad()
+    def explain(
+        self,
+        pixel_values: Tensor,
+        labels: Sequence[int | str] | Tensor | None = None,
+        *,
+        upsample: bool = False,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Tensor:
+        """Attribution maps of every image for all or for chosen labels, in logits.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            labels: None for all K; L label ids or names, the same for every image; or a long tensor (B, L).
+            upsample: spread each patch's value evenly over its pixels, which keeps the sum: (H, W) instead of (h, w).
+            interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+
+        Returns:
+            (B, K or L, h, w) float32 on the model's device; the sum over a map is the label's logit less its base value.
+        """
+        check_finite(pixel_values)
+        height, width = self._check_pixels(pixel_values, interpolate_pos_encoding)
+        with _evaluating(self):
+            attributions = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).attributions
+        maps = attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K, h, w)
+        if labels is not None:
+            chosen = self._label_ids(labels, len(maps))  # (B, L)
+            maps = maps.gather(1, chosen[..., None, None].expand(-1, -1, height, width))
+        return upsample_attributions(maps, tuple(pixel_values.shape[-2:])) if upsample else maps
+
+    @torch.no_grad()
+    def coalition_values(
+        self,
+        pixel_values: Tensor,
+        coalitions: Tensor,
+        *,
+        batch_size: int = 1024,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Tensor:
+        """The game itself: v(S) for M coalitions of each image.
+
+        Where every second coalition is the complement of the one before, both come from one pass over the tokens.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            coalitions: (B, M, N) bool, True = present.
+            batch_size: coalition structures in one forward, over all images.
+            interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+
+        Returns:
+            (B, M, K) float32, in logits.
+        """
+        check_finite(pixel_values)
+        height, width = self._check_pixels(pixel_values, interpolate_pos_encoding)
+        check_coalitions(coalitions, height * width)
+        if coalitions.ndim != 3 or len(coalitions) != len(pixel_values):
+            raise ValueError(
+                f"`coalitions` must be of shape (batch = {len(pixel_values)}, coalitions, players), "
+                f"got {tuple(coalitions.shape)}."
+            )
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        coalitions = coalitions.to(pixel_values.device)
+        paired = coalitions.shape[1] % 2 == 0 and torch.equal(coalitions[:, 0::2], ~coalitions[:, 1::2])
+        chunk = max(1, batch_size // len(pixel_values)) * (2 if paired else 1)
+        with _evaluating(self):
+            embeddings = self._embed(pixel_values, interpolate_pos_encoding)
+            values = [self._values(embeddings, part, paired) for part in coalitions.split(chunk, dim=1)]
+        return torch.cat(values, dim=1)
+
+    def _values(self, embeddings: Tensor, coalitions: Tensor, paired: bool) -> Tensor:
+        """v(S): (B, ...), (B, M, N) -> (B, M, K). With `paired`, coalition 2 j + 1 is the complement of 2 j."""
+        structures = coalitions[:, 0::2] if paired else coalitions  # (B, R, N)
+        tokens = self._structured_tokens(embeddings, coalitions_to_ids(structures), 2)
+        votes = self.attribution_head.votes(tokens, self.classifier)  # (B, R, N, K)
+        members = torch.stack([structures, ~structures], dim=2) if paired else structures.unsqueeze(2)
+        return self._base_values() + sum_over_coalitions(members, votes).flatten(1, 2)
+
+    def _check_pixels(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None) -> tuple[int, int]:
+        """Refuse images that the grid of players cannot cover; return the grid (h, w)."""
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or len(pixel_values) == 0:
+            got = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            raise ValueError(f"`pixel_values` must be of shape (batch, channels, height, width), batch > 0, got {got}.")
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"`pixel_values` must be floating point, got {pixel_values.dtype}: use the image processor.")
+        if pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."
+            )
+        if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            check_finite(pixel_values)
+        return self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
+
+    def _label_ids(self, labels: Sequence[int | str] | Tensor, batch: int) -> Tensor:
+        """Label ids or names to long (batch, L)."""
+        device = self.classifier.weight.device
+        num_labels = self.config.num_labels
+        if not isinstance(labels, Tensor):
+            unknown = [label for label in labels if isinstance(label, str) and label not in self.config.label2id]
+            if unknown:
+                raise ValueError(f"Unknown labels {unknown}: choose from {list(self.config.label2id)[:20]}.")
+            labels = torch.tensor([self.config.label2id[x] if isinstance(x, str) else int(x) for x in labels])
+        ids = labels.to(device=device, dtype=torch.long)
+        if ids.ndim == 1:
+            ids = ids.expand(batch, -1)
+        if ids.ndim != 2 or len(ids) != batch or ids.numel() == 0:
+            raise ValueError(f"`labels` must hold L labels or be of shape ({batch}, L), got {tuple(labels.shape)}.")
+        if ids.min() < 0 or ids.max() >= num_labels:
+            raise ValueError(f"`labels` must lie in [0, {num_labels}), got {ids.min().item()} to {ids.max().item()}.")
+        return ids
+
+
+def upsample_attributions(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Spread each patch's value evenly over its pixels: (..., h, w) -> (..., H, W), H and W multiples; keeps the sum."""
+    rows, columns = size[0] // maps.shape[-2], size[1] // maps.shape[-1]
+    if (maps.shape[-2] * rows, maps.shape[-1] * columns) != tuple(size) or 0 in (rows, columns):
+        raise ValueError(f"`size` must be a multiple of the grid {tuple(maps.shape[-2:])}, got {tuple(size)}.")
+    spread = maps.repeat_interleave(rows, dim=-2).repeat_interleave(columns, dim=-1)
+    return spread / (rows * columns)
+
+
+def check_finite(pixel_values: Tensor) -> None:
+    """Raise if pixels are NaN or infinite."""
+    if not torch.isfinite(pixel_values).all():
+        raise ValueError("`pixel_values` must be finite, got NaN or infinity: check the image and its normalisation.")
+
+
+def check_grid(grid: tuple[int, int], step: tuple[int, int], size: tuple[int, int]) -> None:
+    """Raise unless patches of `step` pixels tile an image of `size` pixels into at least two players."""
+    if (grid[0] * step[0], grid[1] * step[1]) != tuple(size) or grid[0] * grid[1] < 2:
+        raise ValueError(
+            f"Image height and width must be multiples of the player size {step[0]} x {step[1]} pixels and give at "
+            f"least 2 players, got {size[0]} x {size[1]}: resize or crop the image."
+        )
+
+
+def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, batch: int, grid: tuple[int, int]) -> int:
+    """Refuse ids that are no coalition structure of the images; return the number of coalitions in each."""
+    num_players = grid[0] * grid[1]
+    if not isinstance(ids, Tensor) or ids.dtype != torch.long:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"`coalition_ids` must be a long tensor, got {got}: see `coalitions_to_ids`.")
+    if ids.ndim != 3 or not 1 <= len(ids) <= batch or ids.shape[1] == 0 or ids.shape[-1] != num_players:
+        raise ValueError(
+            f"`coalition_ids` must be of shape (batch <= {batch}, structures, players = {num_players}), "
+            f"got {tuple(ids.shape)}."
+        )
+    if num_coalitions is not None:
+        return num_coalitions
+    lowest, highest = (int(x) for x in torch.aminmax(ids))
+    if lowest < 0 or highest >= num_players:
+        raise ValueError(f"`coalition_ids` must lie in [0, {num_players}), got {lowest} to {highest}.")
+    return highest + 1
+
+
+class _evaluating:
+    """Evaluation mode within a block; the mode is put back after it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __enter__(self):
+        self.was_training = self.model.training
+        if self.was_training:
+            self.model.eval()
+
+    def __exit__(self, *_):
+        if self.was_training:
+            self.model.train()

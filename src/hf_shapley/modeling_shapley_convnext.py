@@ -1,0 +1,117 @@
+"""A ConvNeXt whose prediction is, exactly, a base value plus the Shapley values of its patches.
+
+The players are the cells of the last stage's grid. Stem and downsampling do not overlap and norms and pointwise layers
+work per position, so the depthwise convolution is the only operation that mixes players.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextModel, ConvNextPreTrainedModel
+
+from .attribution_head import AttributionHead, ShapleyImageClassifierMixin, check_grid
+from .coalitions import ids_to_coalitions
+from .configuration_shapley import ShapleyConvNextConfig
+
+
+class InfluenceConvNextLayer(ConvNextLayer):
+    """A ConvNeXt layer over the patch tokens, for the influence head."""
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        features = tokens.transpose(1, 2).unflatten(-1, grid)  # (B, D, h, w)
+        return super().forward(features).flatten(2).transpose(1, 2)
+
+
+class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNextPreTrainedModel):
+    """ConvNeXt image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
+
+    Loads its own checkpoints and plain ConvNeXt ones: the stock `classifier` becomes the vote head, its bias the base
+    values, and the final layer norm is applied to each cell instead of to their mean.
+    """
+
+    config_class = ShapleyConvNextConfig
+
+    def __init__(self, config: ShapleyConvNextConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.convnext = ConvNextModel(config)
+        hidden_size = config.hidden_sizes[-1]
+        self.classifier = nn.Linear(hidden_size, config.num_labels)
+        self.attribution_head = AttributionHead(
+            config, hidden_size, lambda: InfluenceConvNextLayer(config, dim=hidden_size)
+        )
+        self.post_init()
+
+    def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
+        """Grid (h, w) of players for images of height x width pixels; raises if they do not fit."""
+        stem = self.convnext.embeddings.patch_embeddings.stride
+        strides = [stem, *(s.downsampling_layer[1].stride for s in self.convnext.encoder.stages if s.downsampling_layer)]
+        step = prod(s[0] for s in strides), prod(s[1] for s in strides)
+        grid = height // step[0], width // step[1]
+        check_grid(grid, step, (height, width))
+        return grid
+
+    def _recorded_tokens(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, **kwargs
+    ) -> tuple[Tensor, dict]:
+        outputs = self.convnext(self._cast(pixel_values), **kwargs)
+        return self._normed(outputs.last_hidden_state), {"hidden_states": outputs.hidden_states}
+
+    def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None) -> Tensor:
+        """Stem features: (B, 3, H, W) -> (B, C, H', W')."""
+        return self.convnext.embeddings(self._cast(pixel_values))
+
+    def _tokens(self, embeddings: Tensor) -> Tensor:
+        """(B, C, H', W') -> (B, N, D)."""
+        for stage in self.convnext.encoder.stages:
+            embeddings = stage(embeddings)
+        return self._normed(embeddings)
+
+    def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, num_coalitions: int) -> Tensor:
+        """Each player sees its own coalition only: (B, C, H', W'), ids (B', R, N) -> (B', R, N, D)."""
+        batch, structures, _ = coalition_ids.shape
+        members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
+        features = embeddings[:batch].repeat_interleave(structures, dim=0)  # (B' R, C, H', W')
+        grid = self._grid_of(embeddings)
+        members = members.flatten(0, 1).unflatten(-1, grid)  # (B' R, G, h, w)
+        for stage in self.convnext.encoder.stages:
+            for layer in stage.downsampling_layer:
+                features = layer(features)
+            scale = features.shape[-1] // grid[1]
+            masks = members.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+            masks = masks.unsqueeze(2).to(features.dtype)  # (B' R, G, 1, H', W')
+            for layer in stage.layers:
+                features = _structured_layer(layer, features, masks)
+        return self._normed(features).unflatten(0, (batch, structures))
+
+    def _grid_of(self, embeddings: Tensor) -> tuple[int, int]:
+        reduction = 2 ** sum(len(stage.downsampling_layer) > 0 for stage in self.convnext.encoder.stages)
+        return embeddings.shape[-2] // reduction, embeddings.shape[-1] // reduction
+
+    def _normed(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, N, D), the final layer norm applied to each cell."""
+        return self.convnext.layernorm(features.flatten(2).transpose(1, 2))
+
+    def _cast(self, pixel_values: Tensor) -> Tensor:
+        return pixel_values.to(self.convnext.embeddings.patch_embeddings.weight.dtype)
+
+
+def _structured_layer(layer: ConvNextLayer, features: Tensor, masks: Tensor) -> Tensor:
+    """The stock layer with its depthwise convolution run once per coalition: sum_c mask_c * dwconv(mask_c * features).
+
+    Args:
+        layer: the stock layer.
+        features: (B, C, H, W).
+        masks: (B, G, 1, H, W), 1 = member; the coalitions of one structure are disjoint and cover all players.
+    """
+    hidden = layer.dwconv((features.unsqueeze(1) * masks).flatten(0, 1))  # (B G, C, H, W)
+    hidden = (hidden.unflatten(0, masks.shape[:2]) * masks).sum(dim=1)
+    hidden = layer.layernorm(hidden.permute(0, 2, 3, 1))
+    hidden = layer.pwconv2(layer.act(layer.pwconv1(hidden)))
+    if layer.layer_scale_parameter is not None:
+        hidden = layer.layer_scale_parameter * hidden
+    return features + layer.drop_path(hidden.permute(0, 3, 1, 2))
+
+
+ShapleyConvNextForImageClassification.register_for_auto_class("AutoModelForImageClassification")

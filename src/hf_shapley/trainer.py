@@ -1,0 +1,190 @@
+"""Trainer that learns classification and Shapley values jointly."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from .attribution_head import ShapleyImageClassifierOutput, scale_gradient
+from .coalitions import coalitions_to_ids, sample_coalitions, sum_over_coalitions
+from .losses import coalition_label_loss, coalition_loss, paired_shapley_loss
+
+COALITION_TARGETS = ("prediction", "label")
+
+
+@dataclass
+class ShapleyTrainingArguments(TrainingArguments):
+    """`TrainingArguments` plus the knobs of the joint loss."""
+
+    shapley_weight: float = field(default=1.0, metadata={"help": "Weight of the Shapley regression."})
+    shapley_warmup: float = field(
+        default=0.0, metadata={"help": "Fraction of the training steps over which `shapley_weight` ramps up from 0."}
+    )
+    coalition_weight: float = field(default=1.0, metadata={"help": "Weight of the masked predictions' loss."})
+    coalition_target: str = field(
+        default="prediction",
+        metadata={"help": "What masked predictions learn: the full image's 'prediction', or the true 'label'."},
+    )
+    value_gradient: float = field(
+        default=1.0,
+        metadata={"help": "Share of the Shapley regression's gradient that flows through v(S): 0 detaches it."},
+    )
+    odd_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the odd part of a pair's error, which Shapley values depend on."}
+    )
+    even_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the even part of a pair's error, which measures interactions."}
+    )
+    num_pairs: int = field(default=1, metadata={"help": "Pairs (coalition and complement) per image and step."})
+    shapley_fraction: float = field(
+        default=1.0, metadata={"help": "Fraction of each batch that takes the Shapley branch, above 0."}
+    )
+    shapley_every: int = field(default=1, metadata={"help": "Take the Shapley branch on every k-th step only."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        unit = {"shapley_warmup": (0, 1), "value_gradient": (0, 1), "shapley_fraction": (1e-9, 1)}
+        weights = dict.fromkeys(("shapley_weight", "coalition_weight", "odd_weight", "even_weight"), (0, float("inf")))
+        counts = dict.fromkeys(("num_pairs", "shapley_every"), (1, float("inf")))
+        for name, (low, high) in {**unit, **weights, **counts}.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+        if self.coalition_target not in COALITION_TARGETS:
+            raise ValueError(f"`coalition_target` must be one of {COALITION_TARGETS}, got {self.coalition_target!r}.")
+        if self.ddp_find_unused_parameters is None:
+            # One forward per step uses every parameter: looking for unused ones would only cost time.
+            self.ddp_find_unused_parameters = False
+
+
+class ShapleyTrainer(Trainer):
+    """A `Trainer` for Shapley image classifiers: classification, masked predictions and Shapley regression in one forward.
+
+    Each term is logged next to `loss`, averaged over the steps since the last log and over processes:
+    `loss_classification`, `loss_coalition`, `loss_shapley` (unweighted) and the current `shapley_weight`.
+    Coalitions are a function of the seed, the step and the image's place in the global batch alone, so that a resumed
+    run draws what an uninterrupted one would, and several processes draw what one would.
+    """
+
+    # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, model=None, args: ShapleyTrainingArguments | None = None, **kwargs):
+        args = args or ShapleyTrainingArguments()
+        if not isinstance(args, ShapleyTrainingArguments):
+            raise TypeError(f"`args` must be ShapleyTrainingArguments, got {type(args).__name__}.")
+        if model is not None and not hasattr(model, "coalition_values"):
+            raise TypeError(
+                f"`model` must be a Shapley image classifier, got {type(model).__name__}: load the checkpoint with "
+                "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification."
+            )
+        super().__init__(model, args, **kwargs)
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_counts: dict[str, int] = defaultdict(int)
+        self._micro_step = (-1, 0)  # (optimizer step, batches of it seen)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Joint loss of one batch while training; the stock classification loss while evaluating."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "labels" not in inputs or "pixel_values" not in inputs:
+            raise ValueError(
+                f"Training needs `pixel_values` and `labels` in each batch, got {sorted(inputs)}: check the data set's "
+                "columns, the data collator and `remove_unused_columns`."
+            )
+        micro_step = self._count_micro_step()
+        if self.state.global_step % self.args.shapley_every:
+            outputs = model(**inputs)
+            terms = {"classification": self._classification_loss(outputs, inputs["labels"])}
+            # Every parameter takes part in every step, as distributed training expects.
+            loss = terms["classification"] + 0.0 * outputs.attributions.sum()
+        else:
+            coalitions = self._draw_coalitions(model, inputs, micro_step)  # (B', R, N)
+            outputs = model(**inputs, coalition_ids=coalitions_to_ids(coalitions), num_coalitions=2)
+            terms = self.loss_terms(outputs, coalitions, inputs["labels"])
+            weights = {"classification": 1.0, "coalition": self.args.coalition_weight, "shapley": self.shapley_weight}
+            loss = sum(weights[name] * term for name, term in terms.items())
+        for name, term in terms.items():
+            self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
+            self._term_counts[name] += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_terms(
+        self, outputs: ShapleyImageClassifierOutput, coalitions: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The joint loss's unweighted terms for a forward under `coalitions` (B', R, N) and their complements."""
+        members = torch.stack([coalitions, ~coalitions], dim=2)  # (B', R, 2, N)
+        gains = sum_over_coalitions(members, outputs.coalition_votes)  # (B', R, 2, K)
+        values = outputs.base_values + gains
+        multi_label = self.model.config.problem_type == "multi_label_classification"
+        if self.args.coalition_target == "label":
+            coalition = coalition_label_loss(values, labels[: len(values)], multi_label=multi_label)
+        else:
+            coalition = coalition_loss(values, outputs.logits[: len(values)], multi_label=multi_label)
+        shapley = paired_shapley_loss(
+            outputs.attributions[: len(values)],
+            coalitions,
+            scale_gradient(gains, self.args.value_gradient),
+            odd_weight=self.args.odd_weight,
+            even_weight=self.args.even_weight,
+        )
+        return {
+            "classification": self._classification_loss(outputs, labels),
+            "coalition": coalition,
+            "shapley": shapley,
+        }
+
+    @property
+    def shapley_weight(self) -> float:
+        """Weight of the Shapley regression at the current step, warm-up included."""
+        ramp = self.args.shapley_warmup * self.state.max_steps
+        return self.args.shapley_weight * min(1.0, self.state.global_step / ramp if ramp > 0 else 1.0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each term since the last log, over all processes, to the training logs."""
+        if "loss" in logs and self._term_sums:
+            for name in sorted(self._term_sums):
+                mean = self._term_sums[name] / self._term_counts[name]
+                logs[f"loss_{name}"] = self.accelerator.reduce(mean, "mean").item()
+            logs["shapley_weight"] = self.shapley_weight
+            self._term_sums.clear()
+            self._term_counts.clear()
+        super().log(logs, start_time)
+
+    def _classification_loss(self, outputs: ShapleyImageClassifierOutput, labels: Tensor) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        if self.label_smoother is not None:
+            return torch.nn.functional.cross_entropy(
+                outputs.logits, labels, label_smoothing=self.args.label_smoothing_factor
+            )
+        return outputs.loss
+
+    def _count_micro_step(self) -> int:
+        """Number of the batch within its optimizer step."""
+        step, seen = self._micro_step
+        seen = seen + 1 if step == self.state.global_step else 0
+        self._micro_step = (self.state.global_step, seen)
+        return seen
+
+    def _draw_coalitions(self, model, inputs: dict[str, Tensor], micro_step: int) -> Tensor:
+        """Coalitions (B', R, N) for the first images of this batch, cut from one draw for the whole global batch."""
+        pixel_values = inputs["pixel_values"]
+        height, width = self.accelerator.unwrap_model(model).grid_size(
+            *pixel_values.shape[-2:], bool(inputs.get("interpolate_pos_encoding"))
+        )
+        generator = torch.Generator(pixel_values.device)
+        # The CPU generator reads the low 32 bits of a seed only.
+        generator.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) % 2**32)
+        rows = self.args.train_batch_size
+        place = micro_step * self.args.world_size + self.args.process_index
+        draw = sample_coalitions(
+            rows * self.args.world_size * self.current_gradient_accumulation_steps,
+            self.args.num_pairs,
+            num_players=height * width,
+            generator=generator,
+        )
+        taken = max(1, round(self.args.shapley_fraction * len(pixel_values)))
+        return draw[place * rows : place * rows + taken]
