@@ -1,0 +1,67 @@
+"""Small models and images that the tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from hf_shapley import (
+    ShapleyConvNextConfig,
+    ShapleyConvNextForImageClassification,
+    ShapleyViTConfig,
+    ShapleyViTForImageClassification,
+)
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+# Both give a grid of 4 x 6 = 24 players on images of 16 x 24 pixels.
+VIT = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    image_size=(16, 24),
+    patch_size=4,
+    num_labels=5,
+)
+CONVNEXT = dict(
+    hidden_sizes=[16, 32], depths=[1, 2], num_stages=2, patch_size=2, num_labels=5, layer_scale_init_value=1.0
+)
+
+
+def make_model(backbone: str, seed: int = 0, **options):
+    """A small random model in evaluation mode, with weights large enough for every part to matter."""
+    torch.manual_seed(seed)
+    if backbone == "vit":
+        model = ShapleyViTForImageClassification(ShapleyViTConfig(**{**VIT, **options}))
+    else:
+        model = ShapleyConvNextForImageClassification(ShapleyConvNextConfig(**{**CONVNEXT, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(params=["vit", "convnext"])
+def backbone(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["votes", "votes+influence"])
+def attribution_head(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(backbone, attribution_head):
+    return make_model(backbone, attribution_head=attribution_head)
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    return torch.randn(3, 3, 16, 24, generator=torch.Generator().manual_seed(1))
