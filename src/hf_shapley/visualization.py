@@ -1,0 +1,404 @@
+"""Attribution maps over pictures: overlays without matplotlib, figures with it.
+
+A map holds one attribution per patch, (h, w) row-major, in logits. Its zero means "no influence", so the colours
+diverge from white at 0 and one scale, the same on both sides of 0, holds for a whole figure.
+"""
+
+from collections.abc import Sequence
+from math import ceil, isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+from .images import to_rgb
+
+if TYPE_CHECKING:
+    # In `try`, because the Hub demands at load whatever a file imports outside of one.
+    try:
+        from matplotlib.axes import Axes
+        from matplotlib.figure import Figure
+    except ImportError:
+        pass
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels of a picture; may reach beyond it where the processor pads."""
+
+Colour = tuple[int, int, int]
+
+BLUE_WHITE_RED: tuple[Colour, ...] = (
+    (33, 102, 172),
+    (146, 197, 222),
+    (255, 255, 255),
+    (244, 165, 130),
+    (178, 24, 43),
+)
+"""Evenly spaced colours from -scale (against the label) over 0 to +scale (for it); readable with colour blindness."""
+
+
+def symmetric_scale(maps: Any) -> float:
+    """The one colour scale of several maps: their largest absolute attribution.
+
+    Args:
+        maps: finite tensor or array of any shape, or a list of them (whose shapes may differ).
+
+    Returns:
+        Scale in logits, > 0: 1.0 if every attribution is 0.
+    """
+    maps = maps if isinstance(maps, list | tuple) else [maps]
+    return max((_finite(values, "maps").abs().max().item() for values in maps), default=0.0) or 1.0
+
+
+def processor_geometry(image_processor: BaseImageProcessor, image_size: tuple[int, int]) -> Box:
+    """The part of a picture that an image processor shows to the model.
+
+    The processor's resize and centre crop are run on coordinates: its output's corners, in pixels of the original.
+
+    Args:
+        image_processor: with `size` of height and width (ViT: direct resize), or of shortest edge (ConvNeXt's own rule
+            where it has `crop_pct`); and optionally `do_center_crop` with `crop_size`.
+        image_size: (width, height) of the upright original, `to_rgb(image).size`.
+
+    Returns:
+        (left, top, right, bottom) in original pixels; beyond the picture where the crop pads.
+    """
+    width, height = image_size
+    if width < 1 or height < 1:
+        raise ValueError(f"`image_size` must be (width, height) of at least one pixel each, got {image_size}.")
+    resized, crops = (width, height), []
+    if image_processor.do_resize:
+        resized, crops = _resize(image_processor, width, height)
+    if getattr(image_processor, "do_center_crop", None):
+        crop = image_processor.crop_size
+        crops = [*crops, (_entry(crop, "width"), _entry(crop, "height"))]
+    left, top, (visible_width, visible_height) = 0, 0, resized
+    for crop_width, crop_height in crops:
+        left += _crop_start(visible_width, crop_width)
+        top += _crop_start(visible_height, crop_height)
+        visible_width, visible_height = crop_width, crop_height
+    x_scale, y_scale = width / resized[0], height / resized[1]
+    return left * x_scale, top * y_scale, (left + visible_width) * x_scale, (top + visible_height) * y_scale
+
+
+def _resize(processor: BaseImageProcessor, width: int, height: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Size (width, height) after the processor's resize, and the crops that this resize includes."""
+    shortest = _entry(processor.size, "shortest_edge", default=0)
+    if not shortest:
+        return (_entry(processor.size, "width"), _entry(processor.size, "height")), []
+    if _entry(processor.size, "longest_edge", default=0):
+        raise ValueError("`size` with both a shortest and a longest edge is not supported: use height and width.")
+    crop_fraction = getattr(processor, "crop_pct", None)
+    if crop_fraction is None:
+        return _shortest_edge(width, height, shortest), []
+    if shortest >= 384:  # ConvNeXt's rule: large inputs are warped, small ones resized larger and cropped
+        return (shortest, shortest), []
+    return _shortest_edge(width, height, int(shortest / crop_fraction)), [(shortest, shortest)]
+
+
+def _entry(size: Any, key: str, default: int | None = None) -> int:
+    """One entry of a processor's `size`: a dict, or newer transformers' dataclass, None where absent."""
+    value = size.get(key) if isinstance(size, dict) else getattr(size, key, None)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"The image processor's size must have height and width, or shortest_edge, got {size}.")
+    return value
+
+
+def _shortest_edge(width: int, height: int, shortest: int) -> tuple[int, int]:
+    """(width, height) once the shorter edge is `shortest`; the longer is rounded down, as transformers does."""
+    if width <= height:
+        return shortest, int(shortest * height / width)
+    return int(shortest * width / height), shortest
+
+
+def _crop_start(size: int, crop: int) -> int:
+    """First pixel of a centre crop along one axis; negative where it pads. Rounds down, as transformers does."""
+    return (size - crop) // 2
+
+
+def place_map(attribution_map: Any, image_size: tuple[int, int], *, box: Box | None = None) -> Tensor:
+    """Lay a map on the picture it explains: every pixel gets its patch's attribution.
+
+    For looking and measuring positions: a patch's attribution is repeated, so pixels do not sum to the prediction.
+
+    Args:
+        attribution_map: (h, w), in logits.
+        image_size: (width, height) of the picture.
+        box: where the map lies, from `processor_geometry`; None = the whole picture.
+
+    Returns:
+        Float64 tensor (height, width); NaN where the model does not see the picture.
+    """
+    values = _finite_map(attribution_map)
+    box, (columns, rows) = _check_box(box, image_size), image_size
+    placed = torch.full((rows, columns), torch.nan, dtype=values.dtype)
+    (top, row_patches), (left, column_patches) = _patch_indices(box, image_size, values.shape)
+    bottom, right = top + len(row_patches), left + len(column_patches)
+    placed[top:bottom, left:right] = values[row_patches][:, column_patches]
+    return placed
+
+
+def _patch_indices(
+    box: Box, image_size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[tuple[int, Tensor], tuple[int, Tensor]]:
+    """Per axis (rows, then columns): the first pixel inside the box and the patch index of each pixel inside."""
+    axes = ((box[1], box[3], image_size[1], grid[0]), (box[0], box[2], image_size[0], grid[1]))
+    indices = []
+    for start, stop, size, patches in axes:
+        centres = torch.arange(size, dtype=torch.float64) + 0.5
+        patch = ((centres - start) / (stop - start) * patches).floor().long()
+        inside = (patch >= 0) & (patch < patches)
+        indices.append((int(inside.int().argmax()), patch[inside]))
+    return indices[0], indices[1]
+
+
+def map_colours(
+    attribution_map: Any, *, scale: float | None = None, cmap: Sequence[Colour] = BLUE_WHITE_RED
+) -> Tensor:
+    """Colour a map: -scale takes the first colour, 0 the middle one, +scale the last, linear in between.
+
+    Args:
+        attribution_map: (h, w), in logits.
+        scale: attribution of the full colour, > 0; beyond it colours stay full. None = the map's own largest.
+        cmap: an odd number of evenly spaced (red, green, blue), each 0 ... 255.
+
+    Returns:
+        uint8 tensor (h, w, 3).
+    """
+    values = _finite_map(attribution_map)
+    scale = symmetric_scale(values) if scale is None else _check_scale(scale)
+    if len(cmap) < 3 or len(cmap) % 2 == 0:
+        raise ValueError(f"`cmap` must have an odd number of colours, at least 3 (the middle is 0), got {len(cmap)}.")
+    colours = torch.tensor(cmap, dtype=torch.float64)  # (colours, 3)
+    position = ((values / scale).clamp(-1, 1) + 1) / 2 * (len(cmap) - 1)  # (h, w), 0 ... colours - 1
+    lower = position.floor().clamp(max=len(cmap) - 2).long()
+    mixed = torch.lerp(colours[lower], colours[lower + 1], (position - lower).unsqueeze(-1))
+    return mixed.round().to(torch.uint8)
+
+
+def overlay(
+    image: Image.Image,
+    attribution_map: Any,
+    *,
+    scale: float | None = None,
+    alpha: float = 0.6,
+    cmap: Sequence[Colour] = BLUE_WHITE_RED,
+    box: Box | None = None,
+) -> Image.Image:
+    """Blend a map's colours over the picture it explains: red speaks for the label, blue against it, white not at all.
+
+    Needs no matplotlib. Under the colours the picture is grey, so that its own hues are not taken for attributions;
+    what the model does not see (outside of `box`) keeps them.
+
+    Args:
+        image: the picture, of any mode that `to_rgb` takes.
+        attribution_map: (h, w), any grid, in logits.
+        scale: attribution of the full colour, > 0; give `symmetric_scale` of all maps to compare. None = this map's.
+        alpha: share of the colours, 0 (only the grey picture) ... 1 (only the map).
+        cmap: as for `map_colours`.
+        box: where the map lies, from `processor_geometry`; None = the whole picture.
+
+    Returns:
+        New RGB image of the upright picture's size.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"`alpha` must be between 0 and 1, got {alpha}.")
+    blended = to_rgb(image)
+    box = _check_box(box, blended.size)
+    colours = map_colours(attribution_map, scale=scale, cmap=cmap)
+    (top, row_patches), (left, column_patches) = _patch_indices(box, blended.size, colours.shape[:2])
+    if len(row_patches) and len(column_patches):
+        veil = Image.fromarray(colours[row_patches][:, column_patches].numpy())
+        seen = blended.crop((left, top, left + veil.width, top + veil.height)).convert("L")
+        blended.paste(Image.blend(seen.convert("RGB"), veil, alpha), (left, top))
+    return blended
+
+
+def attribution_figure(
+    image: Image.Image,
+    maps: Any,
+    labels: Sequence[str],
+    *,
+    scale: float | None = None,
+    alpha: float = 0.6,
+    cmap: Sequence[Colour] = BLUE_WHITE_RED,
+    box: Box | None = None,
+    title: str = "",
+) -> "Figure":
+    """One picture and its maps for several labels side by side, on one scale.
+
+    Args:
+        image: the picture.
+        maps: (labels, h, w), in logits.
+        labels: one title per map.
+        scale: attribution of the full colour; None = the largest of `maps`.
+        alpha: share of the colours.
+        cmap: as for `map_colours`.
+        box: where the maps lie, from `processor_geometry`.
+        title: above the picture.
+
+    Returns:
+        A matplotlib figure outside of pyplot: save it with `figure.savefig(path)`.
+    """
+    maps = _finite(maps, "maps")
+    if maps.ndim != 3:
+        raise ValueError(f"`maps` must be of shape (labels, h, w), got {tuple(maps.shape)}: add a leading dimension.")
+    return attribution_grid(
+        [image],
+        maps[None],
+        [labels],
+        titles=[title],
+        boxes=[box],
+        scale=scale,
+        alpha=alpha,
+        cmap=cmap,
+        blocks_per_row=1,
+    )
+
+
+def attribution_grid(
+    images: Sequence[Image.Image],
+    maps: Any,
+    labels: Sequence[Sequence[str]],
+    *,
+    titles: Sequence[str] | None = None,
+    boxes: Sequence[Box | None] | None = None,
+    scale: float | None = None,
+    alpha: float = 0.6,
+    cmap: Sequence[Colour] = BLUE_WHITE_RED,
+    blocks_per_row: int = 2,
+) -> "Figure":
+    """Several pictures, each followed by its maps (the predicted label and the runner-up, say), all on one scale.
+
+    Each map's title ends with its sum: what the patches add to the base value, in logits.
+
+    Args:
+        images: the pictures.
+        maps: (images, labels, h, w), in logits.
+        labels: per picture, one title per map.
+        titles: one per picture, above it.
+        boxes: one per picture, from `processor_geometry`; None = maps cover the whole pictures.
+        scale: attribution of the full colour; None = the largest of all `maps`.
+        alpha: share of the colours.
+        cmap: as for `map_colours`.
+        blocks_per_row: pictures (with their maps) side by side.
+
+    Returns:
+        A matplotlib figure outside of pyplot: save it with `figure.savefig(path)`.
+    """
+    maps = _finite(maps, "maps")
+    if maps.ndim != 4:
+        raise ValueError(f"`maps` must be of shape (images, labels, h, w), got {tuple(maps.shape)}.")
+    if blocks_per_row < 1:
+        raise ValueError(f"`blocks_per_row` must be at least 1, got {blocks_per_row}.")
+    count, panels = len(maps), 1 + maps.shape[1]
+    titles = [""] * count if titles is None else titles
+    boxes = [None] * count if boxes is None else boxes
+    for name, given in (("images", images), ("labels", labels), ("titles", titles), ("boxes", boxes)):
+        if len(given) != count:
+            raise ValueError(f"`{name}` must have one entry per image of `maps` ({count}), got {len(given)}.")
+    scale = symmetric_scale(maps) if scale is None else _check_scale(scale)
+
+    figure, axes = _axes(rows=ceil(count / blocks_per_row), columns=min(count, blocks_per_row) * panels)
+    blocks = axes.reshape(-1, panels)  # (blocks, panels): row-major, so blocks of one row stay side by side
+    for block, image, image_maps, names, title, box in zip(blocks, images, maps, labels, titles, boxes, strict=False):
+        _draw_block(block, image, image_maps, names, title, box, scale=scale, alpha=alpha, cmap=cmap)
+    _colour_bar(figure, axes, scale, cmap)
+    return figure
+
+
+def _axes(rows: int, columns: int) -> tuple["Figure", Any]:
+    """An empty figure and its (rows, columns) array of bare axes."""
+    figure = _matplotlib().figure.Figure(figsize=(2.1 * columns + 1, 2.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    return figure, axes
+
+
+def _matplotlib() -> Any:
+    """The optional matplotlib, without pyplot: that would keep every figure alive."""
+    try:
+        import matplotlib.cm
+        import matplotlib.colors
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib: install it with `pip install hf_shapley[plot]`.") from error
+    return matplotlib
+
+
+def _draw_block(
+    block: Sequence["Axes"],
+    image: Image.Image,
+    maps: Tensor,
+    labels: Sequence[str],
+    title: str,
+    box: Box | None,
+    **colouring: Any,
+) -> None:
+    """Draw one picture and its overlays (labels, h, w) into as many axes plus one."""
+    if len(labels) != len(maps):
+        raise ValueError(f"`labels` must name the {len(maps)} maps of every image, got {len(labels)}: {list(labels)}.")
+    image, box = _thumbnail(image, box)
+    block[0].imshow(image)
+    block[0].set_title(title, fontsize="small", parse_math=False)
+    for panel, attribution_map, label in zip(block[1:], maps, labels, strict=True):
+        panel.imshow(overlay(image, attribution_map, box=box, **colouring))
+        panel.set_title(f"{label}\nsum {attribution_map.sum():+.2f}", fontsize="small", parse_math=False)
+
+
+def _thumbnail(image: Image.Image, box: Box | None, longest_edge: int = 512) -> tuple[Image.Image, Box | None]:
+    """Shrink a picture and its box: a dozen photographs at full size would take gigabytes in a figure."""
+    image = to_rgb(image)
+    box = _check_box(box, image.size)
+    width, height = image.size
+    image.thumbnail((longest_edge, longest_edge))
+    x_scale, y_scale = image.width / width, image.height / height
+    return image, (box[0] * x_scale, box[1] * y_scale, box[2] * x_scale, box[3] * y_scale)
+
+
+def _colour_bar(figure: "Figure", axes: Any, scale: float, cmap: Sequence[Colour]) -> None:
+    """Say once for the whole figure what the colours mean."""
+    matplotlib = _matplotlib()
+    colours = [tuple(channel / 255 for channel in colour) for colour in cmap]
+    colour_map = matplotlib.colors.LinearSegmentedColormap.from_list("attributions", colours)
+    mappable = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-scale, scale), colour_map)
+    figure.colorbar(mappable, ax=axes, label="attribution (logits per patch)", fraction=0.05, aspect=30)
+
+
+def _finite(values: Any, name: str) -> Tensor:
+    """Any array, or list of arrays of one shape, of finite numbers as a float64 tensor on the CPU."""
+    if isinstance(values, list | tuple):
+        values = torch.stack([torch.as_tensor(value) for value in values])
+    tensor = torch.as_tensor(values).detach().cpu().double()
+    if tensor.numel() == 0:
+        raise ValueError(f"`{name}` must not be empty, got shape {tuple(tensor.shape)}.")
+    if not tensor.isfinite().all():
+        bad = int((~tensor.isfinite()).sum())
+        raise ValueError(f"`{name}` must be finite, got {bad} NaN or infinite values of {tensor.numel()}.")
+    return tensor
+
+
+def _finite_map(attribution_map: Any) -> Tensor:
+    values = _finite(attribution_map, "attribution_map")
+    if values.ndim != 2:
+        raise ValueError(f"`attribution_map` must be of shape (h, w), got {tuple(values.shape)}: choose one label.")
+    return values
+
+
+def _check_scale(scale: float) -> float:
+    if not (isfinite(scale) and scale > 0):
+        raise ValueError(f"`scale` must be a finite number of logits above 0, got {scale}: use `symmetric_scale`.")
+    return scale
+
+
+def _check_box(box: Box | None, image_size: tuple[int, int]) -> Box:
+    if box is None:
+        return 0.0, 0.0, float(image_size[0]), float(image_size[1])
+    left, top, right, bottom = box
+    if not (left < right and top < bottom):
+        raise ValueError(f"`box` must be (left, top, right, bottom) with left < right and top < bottom, got {box}.")
+    return box
