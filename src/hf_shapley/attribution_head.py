@@ -134,7 +134,7 @@ class ShapleyImageClassifierMixin:
             init.zeros_(module.weight)
 
     def _base_values(self) -> Tensor:
-        return self.classifier.bias.float()
+        return self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it
 
     @can_return_tuple
     def forward(
@@ -211,8 +211,7 @@ class ShapleyImageClassifierMixin:
         Returns:
             (B, K or L, h, w) float32 on the model's device; the sum over a map is the label's logit less its base value.
         """
-        check_finite(pixel_values)
-        height, width = self._check_pixels(pixel_values, interpolate_pos_encoding)
+        height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
         with _evaluating(self):
             attributions = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).attributions
         maps = attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K, h, w)
@@ -243,8 +242,7 @@ class ShapleyImageClassifierMixin:
         Returns:
             (B, M, K) float32, in logits.
         """
-        check_finite(pixel_values)
-        height, width = self._check_pixels(pixel_values, interpolate_pos_encoding)
+        height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
         check_coalitions(coalitions, height * width)
         if coalitions.ndim != 3 or len(coalitions) != len(pixel_values):
             raise ValueError(
@@ -269,7 +267,9 @@ class ShapleyImageClassifierMixin:
         members = torch.stack([structures, ~structures], dim=2) if paired else structures.unsqueeze(2)
         return self._base_values() + sum_over_coalitions(members, votes).flatten(1, 2)
 
-    def _check_pixels(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None) -> tuple[int, int]:
+    def _check_pixels(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, check_values: bool = False
+    ) -> tuple[int, int]:
         """Refuse images that the grid of players cannot cover; return the grid (h, w)."""
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or len(pixel_values) == 0:
             got = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
@@ -280,8 +280,12 @@ class ShapleyImageClassifierMixin:
             raise ValueError(
                 f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."
             )
-        if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            check_finite(pixel_values)
+        # Elsewhere than on the CPU the check would make the host wait in every training step.
+        if check_values or pixel_values.device.type == "cpu":
+            if not torch.compiler.is_compiling() and not torch.isfinite(pixel_values).all():
+                raise ValueError(
+                    "`pixel_values` must be finite, got NaN or infinity: check the image and its normalisation."
+                )
         return self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
 
     def _label_ids(self, labels: Sequence[int | str] | Tensor, batch: int) -> Tensor:
@@ -310,12 +314,6 @@ def upsample_attributions(maps: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"`size` must be a multiple of the grid {tuple(maps.shape[-2:])}, got {tuple(size)}.")
     spread = maps.repeat_interleave(rows, dim=-2).repeat_interleave(columns, dim=-1)
     return spread / (rows * columns)
-
-
-def check_finite(pixel_values: Tensor) -> None:
-    """Raise if pixels are NaN or infinite."""
-    if not torch.isfinite(pixel_values).all():
-        raise ValueError("`pixel_values` must be finite, got NaN or infinity: check the image and its normalisation.")
 
 
 def check_grid(grid: tuple[int, int], step: tuple[int, int], size: tuple[int, int]) -> None:

@@ -72,7 +72,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         """Each player sees its own coalition only: (B, C, H', W'), ids (B', R, N) -> (B', R, N, D)."""
         batch, structures, _ = coalition_ids.shape
         members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
-        features = embeddings[:batch].repeat_interleave(structures, dim=0)  # (B' R, C, H', W')
+        features = embeddings[:batch, None].expand(-1, structures, -1, -1, -1).flatten(0, 1)  # (B' R, C, H', W')
         grid = self._grid_of(embeddings)
         members = members.flatten(0, 1).unflatten(-1, grid)  # (B' R, G, h, w)
         for stage in self.convnext.encoder.stages:
@@ -105,8 +105,7 @@ def _structured_layer(layer: ConvNextLayer, features: Tensor, masks: Tensor) -> 
         features: (B, C, H, W).
         masks: (B, G, 1, H, W), 1 = member; the coalitions of one structure are disjoint and cover all players.
     """
-    hidden = layer.dwconv((features.unsqueeze(1) * masks).flatten(0, 1))  # (B G, C, H, W)
-    hidden = (hidden.unflatten(0, masks.shape[:2]) * masks).sum(dim=1)
+    hidden = sum(mask * layer.dwconv(mask * features) for mask in masks.unbind(dim=1))
     hidden = layer.layernorm(hidden.permute(0, 2, 3, 1))
     hidden = layer.pwconv2(layer.act(layer.pwconv1(hidden)))
     if layer.layer_scale_parameter is not None:

@@ -1,0 +1,122 @@
+import pytest
+import torch
+
+from hf_shapley import coalition_label_loss, coalition_loss, paired_shapley_loss, shapley_loss
+from hf_shapley.attribution_head import scale_gradient
+from hf_shapley.coalitions import enumerate_coalitions, sample_coalitions, shapley_kernel_size_probabilities
+
+PLAYERS, LABELS = 6, 3
+
+
+def random_game(seed: int = 0):
+    """Values of all coalitions of 6 players (64, 3), with v(empty) = 0, and their Shapley values from the definition."""
+    coalitions = enumerate_coalitions(PLAYERS)
+    values = torch.randn(len(coalitions), LABELS, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+    values[~coalitions.any(-1)] = 0
+    codes = (coalitions * 2 ** torch.arange(PLAYERS)).sum(-1)
+    by_code = torch.empty_like(values).index_copy_(0, codes, values)
+    factorial = torch.tensor([1, 1, 2, 6, 24, 120, 720], dtype=torch.double)
+    phi = torch.zeros(PLAYERS, LABELS, dtype=torch.double)
+    for player in range(PLAYERS):
+        for code in range(2**PLAYERS):
+            if not code >> player & 1:
+                size = bin(code).count("1")
+                weight = factorial[size] * factorial[PLAYERS - size - 1] / factorial[PLAYERS]
+                phi[player] += weight * (by_code[code | 1 << player] - by_code[code])
+    return coalitions, values, phi
+
+
+def kernel_weights(coalitions):
+    """Probability of each coalition under the kernel, 0 for the empty and the full one."""
+    sizes = coalitions.sum(-1)
+    counts = torch.bincount(sizes, minlength=PLAYERS + 1)
+    by_size = torch.cat([torch.zeros(1), shapley_kernel_size_probabilities(PLAYERS), torch.zeros(1)])
+    return (by_size / counts)[sizes]
+
+
+def test_gradient_of_the_kernel_weighted_loss_vanishes_at_the_shapley_values():
+    coalitions, values, phi = random_game()
+    phi.requires_grad_()
+    residuals = values - coalitions.double() @ phi
+    loss = (kernel_weights(coalitions).unsqueeze(-1) * residuals.square()).sum()
+    (gradient,) = torch.autograd.grad(loss, phi)
+    along_efficiency = gradient.mean(dim=0, keepdim=True)
+    torch.testing.assert_close(gradient - along_efficiency, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+    assert along_efficiency.abs().max() > 1e-3
+
+
+def test_the_paired_loss_with_equal_weights_is_the_plain_loss():
+    generator = torch.Generator().manual_seed(0)
+    coalitions = sample_coalitions(4, 2, num_players=PLAYERS, generator=generator)
+    phi = torch.randn(4, PLAYERS, LABELS, generator=generator)
+    gains = torch.randn(4, 2, 2, LABELS, generator=generator)
+    both = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2)
+    expected = 0.0
+    for image in range(4):
+        for coalition, gain in zip(both[image], gains[image].flatten(0, 1), strict=True):
+            expected += (gain - phi[image][coalition].sum(0)).square().sum()
+    expected = PLAYERS * expected / (4 * 4 * LABELS)
+    torch.testing.assert_close(paired_shapley_loss(phi, coalitions, gains), expected)
+    torch.testing.assert_close(shapley_loss(phi, both, gains.flatten(1, 2)), expected)
+
+
+def test_the_even_part_does_not_depend_on_how_attributions_are_split():
+    generator = torch.Generator().manual_seed(0)
+    coalitions = sample_coalitions(4, 1, num_players=PLAYERS, generator=generator)
+    phi = torch.randn(4, PLAYERS, LABELS, generator=generator, requires_grad=True)
+    gains = torch.randn(4, 1, 2, LABELS, generator=generator)
+    even = paired_shapley_loss(phi, coalitions, gains, odd_weight=0)
+    (gradient,) = torch.autograd.grad(even, phi)
+    assert even > 0
+    torch.testing.assert_close(gradient, gradient[:, :1].expand_as(gradient))
+    odd = paired_shapley_loss(phi, coalitions, gains, even_weight=0)
+    shifted = paired_shapley_loss(phi, coalitions, gains + 1.5, even_weight=0)
+    torch.testing.assert_close(odd, shifted)
+    assert odd > 0
+
+
+def test_the_loss_is_zero_for_an_additive_game_and_its_votes():
+    coalitions = sample_coalitions(2, 3, num_players=PLAYERS, generator=torch.Generator().manual_seed(0))
+    phi = torch.randn(2, PLAYERS, LABELS)
+    members = torch.stack([coalitions, ~coalitions], dim=2).float()
+    gains = torch.einsum("brgn,bnk->brgk", members, phi)
+    assert paired_shapley_loss(phi, coalitions, gains) < 1e-10
+
+
+def test_coalition_loss_is_least_where_values_equal_the_prediction_and_leaves_the_prediction_alone():
+    logits = torch.randn(4, LABELS, requires_grad=True)
+    values = logits.detach()[:, None, None].expand(4, 2, 2, LABELS).clone().requires_grad_()
+    loss = coalition_loss(values, logits)
+    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy().mean()
+    torch.testing.assert_close(loss, entropy)
+    loss.backward()
+    assert logits.grad is None
+    torch.testing.assert_close(values.grad, torch.zeros_like(values), atol=1e-7, rtol=0)
+    assert coalition_loss(values.detach() + torch.tensor([2.0, 0, 0]), logits) > loss
+
+
+def test_multi_label_coalition_loss_is_binary_cross_entropy():
+    logits, values = torch.tensor([[0.0, 4.0]]), torch.tensor([[[1.0, -2.0]]])
+    p, q = logits[0].sigmoid(), values[0, 0].sigmoid()
+    expected = -(p * q.log() + (1 - p) * (1 - q).log()).mean()
+    torch.testing.assert_close(coalition_loss(values, logits, multi_label=True), expected)
+    labels = torch.tensor([[1, 0]])
+    expected = -(q[0].log() + (1 - q[1]).log()) / 2
+    torch.testing.assert_close(coalition_label_loss(values, labels, multi_label=True), expected)
+
+
+def test_coalition_label_loss_is_cross_entropy_with_the_true_label():
+    values = torch.randn(2, 1, 2, LABELS, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([2, 0])
+    log_p = values.log_softmax(-1)
+    expected = -(log_p[0, 0, :, 2].sum() + log_p[1, 0, :, 0].sum()) / 4
+    torch.testing.assert_close(coalition_label_loss(values, labels), expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
+def test_scaled_gradients_leave_values_alone(scale):
+    x = torch.tensor([1.7, -3.1], requires_grad=True)
+    y = scale_gradient(x, scale)
+    assert torch.equal(y, x)
+    gradient = torch.autograd.grad((2 * y).sum() + 0 * x.sum(), x)[0]
+    torch.testing.assert_close(gradient, torch.full((2,), 2 * scale))

@@ -1,0 +1,418 @@
+"""What must hold for both backbones: the structured forward, the game, loading and saving, and clear refusals."""
+
+import pytest
+import torch
+from conftest import CONVNEXT, VIT, make_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from hf_shapley import (
+    ShapleyConvNextConfig,
+    ShapleyConvNextForImageClassification,
+    ShapleyViTConfig,
+    ShapleyViTForImageClassification,
+    coalitions_to_ids,
+    sample_coalitions,
+    upsample_attributions,
+)
+
+PLAYERS = 24
+SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}
+
+
+def draw(batch: int = 3, structures: int = 2) -> torch.Tensor:
+    return sample_coalitions(batch, structures, num_players=PLAYERS, generator=torch.Generator().manual_seed(2))
+
+
+def plain_model(backbone: str, seed: int = 0, **options):
+    """A stock classifier whose every weight was altered."""
+    torch.manual_seed(seed)
+    if backbone == "vit":
+        model = ViTForImageClassification(ViTConfig(**{**VIT, **options}))
+    else:
+        model = ConvNextForImageClassification(ConvNextConfig(**{**CONVNEXT, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def stock_tokens(model, pixel_values):
+    """Patch tokens (B, N, D) from the stock backbone's own forward."""
+    if hasattr(model, "vit"):
+        return model.vit(pixel_values).last_hidden_state[:, 1:]
+    features = model.convnext(pixel_values).last_hidden_state
+    return model.convnext.layernorm(features.flatten(2).transpose(1, 2))
+
+
+def hide(pixel_values, coalition, value):
+    """Replace the pixels of absent players of 4 x 4 pixels."""
+    pixels = coalition.view(4, 6).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    return torch.where(pixels, pixel_values, value)
+
+
+# The sum
+
+
+def test_attributions_sum_to_logits_less_base_values(model, pixel_values):
+    output = model(pixel_values)
+    torch.testing.assert_close(output.attributions.sum(1), output.logits - output.base_values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.base_values, model.classifier.bias)
+
+
+def test_the_influence_term_changes_attributions_but_not_logits(backbone, pixel_values):
+    model = make_model(backbone, attribution_head="votes+influence")
+    before = model(pixel_values)
+    nn.init.normal_(model.attribution_head.influence.weight)
+    after = model(pixel_values)
+    assert torch.equal(before.logits, after.logits)
+    assert (before.attributions - after.attributions).abs().max() > 1e-2
+
+
+# The structured forward
+
+
+def test_the_ordinary_forward_is_the_stock_backbone_bit_for_bit(model, pixel_values):
+    votes = stock_tokens(model, pixel_values)
+    for block in model.attribution_head.vote_blocks:
+        votes = block(votes)
+    votes = nn.functional.linear(votes, model.classifier.weight) / PLAYERS
+    assert torch.equal(model(pixel_values).logits, model.classifier.bias + votes.sum(1))
+
+
+def test_one_id_everywhere_is_the_ordinary_forward_bit_for_bit(model, pixel_values):
+    output = model(pixel_values, coalition_ids=torch.zeros(3, 1, PLAYERS, dtype=torch.long))
+    votes = model.attribution_head.votes(stock_tokens(model, pixel_values), model.classifier)
+    assert torch.equal(output.coalition_votes, votes.unsqueeze(1))
+    assert torch.equal(output.logits, model(pixel_values).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hidden_pixels_leak_exactly_nothing(backbone, dtype, attention, pixel_values):
+    if backbone == "convnext" and attention == "sdpa":
+        return  # ConvNeXt has no attention: one run is enough.
+    model = make_model(backbone).to(dtype)
+    if backbone == "vit":
+        model.set_attn_implementation(attention)
+    coalitions = draw()
+    ids = coalitions_to_ids(coalitions[:1, :1])
+    changed = hide(pixel_values[:1], coalitions[0, 0], 7.0)
+    before = model(pixel_values[:1].to(dtype), coalition_ids=ids).coalition_votes
+    after = model(changed.to(dtype), coalition_ids=ids).coalition_votes
+    present = coalitions[0, 0]
+    assert torch.equal(before[0, 0][present], after[0, 0][present])
+    assert not torch.equal(before[0, 0][~present], after[0, 0][~present])
+    values = [model.coalition_values(x.to(dtype), coalitions[:1, :1]) for x in (pixel_values[:1], changed)]
+    assert torch.equal(*values)
+
+
+def test_a_structure_of_three_equals_each_coalition_run_alone(model, pixel_values):
+    ids = torch.randint(0, 3, (3, 1, PLAYERS), generator=torch.Generator().manual_seed(0))
+    together = model(pixel_values, coalition_ids=ids).coalition_votes[:, 0]
+    for coalition in range(3):
+        members = ids[:, 0] == coalition
+        alone = model.coalition_values(pixel_values, members.unsqueeze(1))[:, 0]
+        expected = model.classifier.bias + (together * members.unsqueeze(-1)).sum(1)
+        torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_vit_coalition_equals_really_dropping_the_other_patches(pixel_values):
+    model = make_model("vit")
+    coalition = draw()[0, 0]
+    embeddings = model.vit.embeddings(pixel_values[:1])
+    kept = torch.cat([embeddings[:, :1], embeddings[:, 1:][:, coalition]], dim=1)
+    for layer in model.vit.layers:
+        kept = layer(kept)
+    votes = model.classifier.weight @ model.vit.layernorm(kept)[0, 1:].T / PLAYERS
+    value = model.coalition_values(pixel_values[:1], coalition[None, None])[0, 0]
+    torch.testing.assert_close(value, model.classifier.bias + votes.sum(1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_convnext_coalition_equals_zeroing_the_others_before_every_convolution(pixel_values):
+    model = make_model("convnext")
+    coalition = draw()[0, 0].view(1, 1, 4, 6)
+    features = model.convnext.embeddings(pixel_values[:1])
+    for stage in model.convnext.encoder.stages:
+        for layer in stage.downsampling_layer:
+            features = layer(features)
+        mask = nn.functional.interpolate(coalition.float(), size=features.shape[-2:])
+        for layer in stage.layers:
+            features = layer(features * mask)
+    tokens = model.convnext.layernorm(features.flatten(2).transpose(1, 2))
+    votes = (model.classifier(tokens) - model.classifier.bias) / PLAYERS * coalition.view(1, -1, 1)
+    value = model.coalition_values(pixel_values[:1], draw()[:1, :1])[0, 0]
+    torch.testing.assert_close(value, model.classifier.bias + votes.sum(1)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_structures_may_be_given_for_the_first_images_only(model, pixel_values):
+    ids = coalitions_to_ids(draw())
+    whole = model(pixel_values, coalition_ids=ids)
+    part = model(pixel_values, coalition_ids=ids[:2])
+    assert part.coalition_votes.shape == (2, 2, PLAYERS, 5)
+    torch.testing.assert_close(part.coalition_votes, whole.coalition_votes[:2], atol=1e-6, rtol=1e-5)
+    assert torch.equal(part.logits, whole.logits)
+
+
+def test_gradient_checkpointing_leaves_gradients_alone(pixel_values):
+    model = make_model("vit").train()
+    ids = coalitions_to_ids(draw())
+
+    def gradients():
+        model.zero_grad()
+        output = model(pixel_values, coalition_ids=ids, labels=torch.tensor([0, 1, 2]))
+        (output.loss + output.coalition_votes.square().sum()).backward()
+        return [p.grad.clone() for p in model.vit.layers.parameters()]
+
+    plain = gradients()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for expected, got in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_half_precision_keeps_float32_sums(backbone, pixel_values):
+    model = make_model(backbone, attribution_head="votes+influence")
+    exact = model(pixel_values).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(pixel_values, coalition_ids=coalitions_to_ids(draw()))
+    half = model.to(torch.bfloat16)(pixel_values)
+    for got in (output, half):
+        assert got.logits.dtype == got.attributions.dtype == torch.float32
+        gap = got.attributions.sum(1) - (got.logits - got.base_values)
+        assert gap.abs().max() < 1e-5
+        torch.testing.assert_close(got.logits, exact, atol=0.1, rtol=0.05)
+
+
+# The game and explanations
+
+
+def test_values_of_the_full_and_empty_coalition_are_logits_and_base_values(model, pixel_values):
+    coalitions = torch.stack([torch.ones(3, PLAYERS), torch.zeros(3, PLAYERS)], dim=1).bool()
+    values = model.coalition_values(pixel_values, coalitions)
+    torch.testing.assert_close(values[:, 0], model(pixel_values).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(values[:, 1], model.classifier.bias.expand(3, -1))
+
+
+def test_pairs_and_chunks_do_not_change_values(model, pixel_values):
+    coalitions = draw(structures=5)
+    expected = model.coalition_values(pixel_values, coalitions)
+    paired = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2)
+    values = model.coalition_values(pixel_values, paired, batch_size=4)
+    torch.testing.assert_close(values[:, 0::2], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(values[:, 1::2], model.coalition_values(pixel_values, ~coalitions))
+
+
+def test_maps_hold_the_attributions_of_the_chosen_labels(model, pixel_values):
+    attributions = model(pixel_values).attributions  # (3, 24, 5)
+    maps = model.explain(pixel_values)
+    assert maps.shape == (3, 5, 4, 6)
+    torch.testing.assert_close(maps[1, 2, 3, 4], attributions[1, 3 * 6 + 4, 2])
+    assert torch.equal(model.explain(pixel_values, ["LABEL_3", 1]), maps[:, [3, 1]])
+    per_image = torch.tensor([[0], [4], [2]])
+    assert torch.equal(model.explain(pixel_values, per_image)[:, 0], maps[range(3), [0, 4, 2]])
+
+
+def test_upsampled_maps_keep_their_sum(model, pixel_values):
+    maps = model.explain(pixel_values)
+    pixels = model.explain(pixel_values, upsample=True)
+    assert pixels.shape == (3, 5, 16, 24)
+    torch.testing.assert_close(pixels.sum((-2, -1)), maps.sum((-2, -1)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pixels[..., 5, 9] * 16, maps[..., 1, 2])
+
+
+def test_explaining_leaves_the_training_mode_as_it_was(model, pixel_values):
+    model.train()
+    model.explain(pixel_values)
+    model.coalition_values(pixel_values, draw())
+    assert model.training and all(module.training for module in model.modules())
+
+
+def test_other_image_sizes_with_interpolated_positions():
+    model = make_model("vit", image_size=16)
+    x = torch.randn(1, 3, 8, 20)
+    assert model.explain(x, interpolate_pos_encoding=True).shape == (1, 5, 2, 5)
+    values = model.coalition_values(x, torch.ones(1, 1, 10, dtype=torch.bool), interpolate_pos_encoding=True)
+    logits = model(x, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(values[:, 0], logits, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_and_attentions_are_given_on_request(pixel_values):
+    model = make_model("vit", attn_implementation="eager")
+    output = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 3 and output.attentions[0].shape == (3, 4, 25, 25)
+    with pytest.raises(ValueError, match="drop `coalition_ids`"):
+        model(pixel_values, coalition_ids=coalitions_to_ids(draw()), output_hidden_states=True)
+    assert len(make_model("convnext")(pixel_values, output_hidden_states=True).hidden_states) == 3
+
+
+# Loading and saving
+
+
+def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    assert loaded.config.model_type == model.config.model_type
+    expected = model.state_dict()
+    assert expected.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(loaded(pixel_values).attributions, model(pixel_values).attributions)
+
+
+def test_a_plain_classifier_keeps_every_weight(backbone, tmp_path):
+    plain = plain_model(backbone)
+    plain.save_pretrained(tmp_path)
+    model, report = SHAPLEY[backbone].from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    weights = model.state_dict()
+    assert weights.keys() == plain.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_only_what_is_new_is_reported_missing(backbone, pixel_values, tmp_path):
+    plain_model(backbone).save_pretrained(tmp_path)
+    model, report = SHAPLEY[backbone].from_pretrained(
+        tmp_path, attribution_head="votes+influence", vote_layers=1, output_loading_info=True
+    )
+    assert report["missing_keys"] and all(key.startswith("attribution_head.") for key in report["missing_keys"])
+    votes = SHAPLEY[backbone].from_pretrained(tmp_path)
+    # New parts start at nothing: the attributions are the plain votes until training.
+    assert torch.equal(model.eval()(pixel_values).attributions, votes.eval()(pixel_values).attributions)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_a_vit_without_classifier_keeps_its_backbone(tmp_path):
+    options = {key: value for key, value in VIT.items() if key != "num_labels"}
+    torch.manual_seed(0)
+    backbone = ViTModel(ViTConfig(**options))
+    nn.init.normal_(backbone.layers[1].mlp.fc1.weight)
+    backbone.save_pretrained(tmp_path)
+    model, report = ShapleyViTForImageClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    assert sorted(report["missing_keys"]) == ["classifier.bias", "classifier.weight"]
+    assert torch.equal(model.vit.layers[1].mlp.fc1.weight, backbone.layers[1].mlp.fc1.weight)
+
+
+def test_another_number_of_labels_replaces_the_classifier_only(backbone, tmp_path):
+    plain = plain_model(backbone)
+    plain.save_pretrained(tmp_path)
+    model = SHAPLEY[backbone].from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert model.classifier.weight.shape[0] == 7
+    body = {name: tensor for name, tensor in plain.state_dict().items() if not name.startswith("classifier")}
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in body.items())
+
+
+def test_our_checkpoint_loads_into_the_plain_class(backbone, tmp_path):
+    model = make_model(backbone)
+    model.save_pretrained(tmp_path)
+    plain_class = {"vit": ViTForImageClassification, "convnext": ConvNextForImageClassification}[backbone]
+    plain_config = {"vit": ViTConfig, "convnext": ConvNextConfig}[backbone]
+    options = {"vit": VIT, "convnext": CONVNEXT}[backbone]
+    plain = plain_class.from_pretrained(tmp_path, config=plain_config(**options))
+    assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("vit", "convnext"), ("convnext", "vit")])
+def test_a_checkpoint_of_another_architecture_is_refused(ours, theirs, tmp_path):
+    plain_model(theirs).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use a checkpoint of that backbone"):
+        SHAPLEY[ours].from_pretrained(tmp_path)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(3, 16, 24), "must be of shape"),
+        (torch.zeros(0, 3, 16, 24), "batch > 0"),
+        (torch.zeros(1, 1, 16, 24), "3 channels, got 1"),
+        (torch.zeros(1, 3, 16, 24, dtype=torch.uint8), "floating point"),
+        (torch.zeros(1, 3, 17, 24), r"resize or crop|use the image processor"),
+        (torch.full((1, 3, 16, 24), torch.nan), "must be finite"),
+        (torch.full((1, 3, 16, 24), torch.inf), "must be finite"),
+        ([[1.0]], "got list"),
+    ],
+)
+def test_bad_pixels_are_refused(backbone, pixels, message):
+    model = make_model(backbone)
+    for call in (model, model.explain):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(pixels)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(3, 1, PLAYERS), "long tensor"),
+        (torch.zeros(3, 1, PLAYERS, dtype=torch.bool), "long tensor"),
+        (torch.zeros(3, PLAYERS, dtype=torch.long), "must be of shape"),
+        (torch.zeros(4, 1, PLAYERS, dtype=torch.long), "must be of shape"),
+        (torch.zeros(3, 0, PLAYERS, dtype=torch.long), "must be of shape"),
+        (torch.zeros(3, 1, PLAYERS + 1, dtype=torch.long), "players = 24"),
+        (torch.full((3, 1, PLAYERS), -1), "must lie in"),
+        (torch.full((3, 1, PLAYERS), PLAYERS), "must lie in"),
+    ],
+)
+def test_bad_coalition_ids_are_refused(model, pixel_values, ids, message):
+    with pytest.raises(ValueError, match=message):
+        model(pixel_values, coalition_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "coalitions",
+    [torch.zeros(3, 1, PLAYERS), torch.zeros(3, 1, 5).bool(), torch.zeros(2, 1, PLAYERS).bool(), torch.zeros(24).bool()],
+)
+def test_bad_coalitions_are_refused(model, pixel_values, coalitions):
+    with pytest.raises(ValueError, match="`coalitions` must be"):
+        model.coalition_values(pixel_values, coalitions)
+
+
+@pytest.mark.parametrize("labels", [["cat"], [5], [-1], [], torch.zeros(2, 1, dtype=torch.long)])
+def test_bad_labels_are_refused(model, pixel_values, labels):
+    with pytest.raises(ValueError, match="labels"):
+        model.explain(pixel_values, labels)
+
+
+def test_one_player_is_no_game():
+    with pytest.raises(ValueError, match="at least 2 players"):
+        make_model("vit", image_size=4)(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="at least 2 players"):
+        make_model("convnext")(torch.zeros(1, 3, 4, 4))
+
+
+def test_attention_that_cannot_hide_players_is_refused(pixel_values):
+    model = make_model("vit")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="cannot hide players"):
+        model.coalition_values(pixel_values, draw())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attribution_head": "prototype"},
+        {"influence_block": "gru"},
+        {"influence_layers": 0},
+        {"vote_layers": -1},
+        {"vote_gradient": 1.5},
+        {"influence_gradient": -0.1},
+    ],
+)
+@pytest.mark.parametrize("config", [ShapleyViTConfig, ShapleyConvNextConfig])
+def test_bad_options_are_refused(config, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        config(**options)
+
+
+def test_upsampling_to_no_multiple_is_refused():
+    with pytest.raises(ValueError, match="multiple of the grid"):
+        upsample_attributions(torch.zeros(4, 6), (16, 25))
