@@ -1,0 +1,180 @@
+"""What the benchmarks share: the machine, interleaved timing, peak memory, models and result files."""
+
+import gc
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import hf_shapley
+from hf_shapley import (
+    ShapleyConvNextConfig,
+    ShapleyConvNextForImageClassification,
+    ShapleyViTConfig,
+    ShapleyViTForImageClassification,
+)
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+
+# Shapes of the published models; weights are random, which changes no timing.
+SHAPES: dict[str, dict] = {
+    "vit-tiny": dict(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768),
+    "vit-small": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
+    "vit-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "convnext-tiny": dict(hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3]),
+    "convnext-base": dict(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3]),
+}
+
+
+def build(shape: str, *, plain: bool = False, seed: int = 0, **options) -> nn.Module:
+    """A random model of a published shape: ours, or with `plain` the stock one with its head of one vote per image."""
+    from transformers import ConvNextForImageClassification, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    is_vit = shape.startswith("vit")
+    config = (ShapleyViTConfig if is_vit else ShapleyConvNextConfig)(**{"num_labels": 1000, **SHAPES[shape], **options})
+    if plain:
+        return (ViTForImageClassification if is_vit else ConvNextForImageClassification)(config)
+    return (ShapleyViTForImageClassification if is_vit else ShapleyConvNextForImageClassification)(config)
+
+
+def machine() -> dict:
+    """Processor, cores, threads, memory and load of this machine, and its GPU if there is one."""
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "system": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of what it is timed against."""
+    found = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "hf_shapley": hf_shapley.__version__, **found}
+
+
+def write_result(path: str | Path, result: dict) -> Path:
+    """Write a result as JSON, with machine, versions, date and the command that made it; all of it or nothing."""
+    path = Path(path)
+    record = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions(),
+        **result,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, path)
+    print(f"wrote {path.name}")
+    return path
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleave(
+    steps: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 2
+) -> dict[str, dict[str, list[float]]]:
+    """Time several functions in turn, forwards and backwards, so that a change in the machine's load hits all alike.
+
+    Args:
+        steps: name -> function of no argument.
+        repeats: timed rounds; each calls every function once.
+        warmup: untimed rounds before.
+
+    Returns:
+        name -> {"wall": seconds of each round, "cpu": processor seconds of each round}; the second is nearly blind
+        to other processes.
+    """
+    names = list(steps)
+    times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in names}
+    for round_ in range(-warmup, repeats):
+        for name in names if round_ % 2 == 0 else reversed(names):
+            gc.collect()
+            synchronize()
+            wall, cpu = time.perf_counter(), time.process_time()
+            steps[name]()
+            synchronize()
+            if round_ >= 0:
+                times[name]["wall"].append(time.perf_counter() - wall)
+                times[name]["cpu"].append(time.process_time() - cpu)
+    return times
+
+
+def compare(times: dict[str, dict[str, list[float]]], baseline: str) -> dict[str, dict[str, float]]:
+    """Medians in milliseconds and, against the baseline, the median over rounds of the ratio within a round.
+
+    Args:
+        times: what [`interleave`] gives.
+        baseline: name of the function that ratio 1 stands for.
+
+    Returns:
+        name -> {"wall_ms", "cpu_ms", "wall_ratio", "cpu_ratio", "wall_ratio_low", "wall_ratio_high" (quartiles)}.
+    """
+    table = {}
+    for name, clocks in times.items():
+        row = {}
+        for clock, seconds in clocks.items():
+            ratios = [mine / theirs for mine, theirs in zip(seconds, times[baseline][clock], strict=True)]
+            row[f"{clock}_ms"] = round(1000 * statistics.median(seconds), 3)
+            row[f"{clock}_ratio"] = round(statistics.median(ratios), 4)
+            if clock == "wall" and len(ratios) > 1:
+                low, _, high = statistics.quantiles(ratios, n=4)
+                row |= {"wall_ratio_low": round(low, 4), "wall_ratio_high": round(high, 4)}
+        table[name] = row
+    return table
+
+
+def print_table(title: str, table: dict[str, dict[str, float]]) -> None:
+    """Print one line per timed function."""
+    print(title)
+    for name, row in table.items():
+        print(
+            f"  {name:<24} {row['wall_ms']:>10.1f} ms  {row['wall_ratio']:>6.3f}x"
+            f"  (processor time {row['cpu_ratio']:.3f}x)"
+        )
+
+
+def peak_memory(step: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that a call holds at its worst moment beyond what was held before, by the allocator's own account."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

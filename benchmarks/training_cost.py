@@ -1,0 +1,101 @@
+"""Cost of a joint training step (full image, one pair of coalitions, Shapley regression) against a plain one.
+
+Both are forward, backward and AdamW step on the same images, timed in turn. The joint step is the trainer's own.
+
+    python benchmarks/training_cost.py --models vit-tiny convnext-tiny --repeats 15
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+
+import torch
+from common import RESULTS, build, compare, interleave, print_table, write_result
+from torch.optim import AdamW
+
+from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
+
+VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model options)
+    "joint": ({}, {}),
+    "joint, half of the batch": ({"shapley_fraction": 0.5}, {}),
+    "joint, every second step": ({"shapley_every": 2}, {}),
+    "joint, v(S) detached": ({"value_gradient": 0.0}, {}),
+    "joint, influence head": ({}, {"attribution_head": "votes+influence"}),
+}
+GOALS = {"vit": 2.05, "convnext": 2.2}
+
+
+def plain_step(model, inputs: dict) -> Callable[[], None]:
+    """A stock training step."""
+    optimizer = AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def joint_step(model, inputs: dict, folder: str, **options) -> Callable[[], None]:
+    """The trainer's step; with `shapley_every` above 1, that many steps."""
+    args = ShapleyTrainingArguments(
+        folder, per_device_train_batch_size=len(inputs["labels"]), use_cpu=inputs["labels"].device.type == "cpu", **options
+    )
+    trainer = ShapleyTrainer(model, args)
+    trainer.current_gradient_accumulation_steps = 1
+    optimizer = AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        for _ in range(args.shapley_every):
+            trainer.compute_loss(model, inputs).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            trainer.state.global_step += 1
+
+    return step
+
+
+
+
+def measure(shape: str, batch_size: int, repeats: int, variants: list[str]) -> dict[str, dict[str, float]]:
+    """Time the plain step and the joint ones in turn."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "pixel_values": torch.randn(batch_size, 3, 224, 224, generator=generator),
+        "labels": torch.randint(0, 1000, (batch_size,), generator=generator),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        plain = plain_step(build(shape, plain=True).train(), inputs)
+        steps = {"plain": plain}
+        for name in variants:
+            args, options = VARIANTS[name]
+            steps[name] = joint_step(build(shape, **options).train(), inputs, folder, **args)
+        times = interleave(steps, repeats=repeats)
+    for name in variants:
+        every = VARIANTS[name][0].get("shapley_every", 1)
+        times[name] = {clock: [t / every for t in seconds] for clock, seconds in times[name].items()}
+    return compare(times, "plain")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["vit-tiny", "convnext-tiny"])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", default=RESULTS / "training_cost.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tables = {}
+    for shape in args.models:
+        tables[shape] = measure(shape, args.batch_size, args.repeats, args.variants)
+        goal = GOALS[shape.split("-")[0]]
+        print_table(f"{shape}, batch {args.batch_size}, 224 x 224 (goal: at most {goal}x)", tables[shape])
+    settings = {"batch_size": args.batch_size, "image_size": 224, "repeats": args.repeats, "goals": GOALS}
+    write_result(args.output, {"settings": settings, "models": tables})
+
+
+if __name__ == "__main__":
+    main()
