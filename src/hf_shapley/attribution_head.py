@@ -133,6 +133,14 @@ class ShapleyImageClassifierMixin:
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
 
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Save weights, configuration and code, the pipeline's included, so that the Hub can serve all of them."""
+        # Imported here, where transformers finds it too, so that the pipeline's file is copied with the model's.
+        from .pipeline_shapley import custom_pipelines
+
+        self.config.custom_pipelines = custom_pipelines()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def _base_values(self) -> Tensor:
         return self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import ConvNextConfig, ViTConfig
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 ATTRIBUTION_HEADS = ("votes", "votes+influence")
 INFLUENCE_BLOCKS = ("mlp", "backbone")
@@ -36,6 +37,9 @@ class ShapleyConfigMixin:
     plain_model_type: ClassVar[str]
 
     def __post_init__(self, **kwargs):
+        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            # The library registers its own pipeline: a repository's copy of it, and trust in that, is not needed.
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         if self.attribution_head not in ATTRIBUTION_HEADS:
             raise ValueError(f"`attribution_head` must be one of {ATTRIBUTION_HEADS}, got {self.attribution_head!r}.")

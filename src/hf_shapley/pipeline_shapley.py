@@ -1,0 +1,261 @@
+"""The pipeline "shapley-image-classification": labels, scores and attribution maps from any picture."""
+
+import base64
+import binascii
+import os
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from http.client import HTTPException
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Pipeline
+
+from .images import load_image
+from .visualization import overlay, processor_geometry, symmetric_scale
+
+TASK = "shapley-image-classification"
+
+MAX_DOWNLOAD = 100_000_000
+"""Largest picture that is fetched from a URL, in bytes."""
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda logits: logits,
+}
+
+
+def custom_pipelines() -> dict[str, Any]:
+    """The entry of config.json that lets `pipeline(..., trust_remote_code=True)` find this file in a repository."""
+    implementation = f"{__name__.rpartition('.')[2]}.{ShapleyImageClassificationPipeline.__name__}"
+    return {TASK: {"impl": implementation, "pt": ["AutoModelForImageClassification"], "type": "image"}}
+
+
+class ShapleyImageClassificationPipeline(Pipeline):
+    """Classify pictures and attribute each label's logit to the patches, all from one forward pass per batch.
+
+    Example:
+
+    ```python
+    classifier = pipeline("shapley-image-classification", model="user/model", device="cpu")
+    for entry in classifier("picture.jpg", top_k=2, overlay=True):
+        print(entry["label"], entry["score"], entry["attributions"].shape)
+        entry["overlay"].save(f"{entry['label']}.png")
+    ```
+
+    `pipeline`'s own options hold: `device`, `dtype`, `batch_size`, `num_workers`, `image_processor`, `revision`, `token`.
+    The options of `__call__` may be given to `pipeline` too, as defaults for every call.
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "coalition_values"):
+            raise ValueError(
+                f"`model` must be a Shapley image classifier, got {type(self.model).__name__}: load the checkpoint with "
+                "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification and train it."
+            )
+        if self.image_processor is None:
+            raise ValueError("`image_processor` must be given: AutoImageProcessor.from_pretrained(checkpoint).")
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """Classify and explain one picture or many.
+
+        Args:
+            inputs: a picture: path, http(s) URL, "data:image/...;base64," string, encoded bytes, `PIL.Image.Image`, or a
+                dict with "bytes" or "path" (an undecoded `datasets` image); or many of them: a sequence (list, tuple,
+                `dataset["image"]`), or, to stream, a `KeyDataset`, any torch `Dataset`, a generator or other iterable.
+            top_k (int, default 5): number of labels per picture, those of the highest scores.
+            labels (list of ids or names): restrict the output to these labels, all of them unless `top_k` is given.
+            function_to_apply (str): "softmax", "sigmoid" or "none"; the default follows the model's problem type.
+            overlay (bool, default False): add to each entry a picture of the map over the input.
+            timeout (float, default 30): seconds to wait for a URL.
+            batch_size (int, default 1), num_workers (int, default 0): how many pictures are taken at once.
+
+        Returns:
+            For one picture a list of dicts, best score first; for a sequence a list of such lists; for a stream an
+            iterator of such lists. A dict holds
+
+            - label (str) and score (float);
+            - logit and base_value (float): the label's logit with all patches, and with none;
+            - attributions (float32 array (h, w), in logits): what each patch adds; base_value + sum = logit;
+            - overlay (RGB picture of the upright input's size), if asked for: red speaks for the label, blue against
+              it, on one colour scale for all labels of the picture.
+
+        Raises:
+            ValueError: an option or a label is unknown, or a picture is too large.
+            OSError: a picture is missing, empty, corrupt or cannot be fetched.
+            TypeError: an input is none of the above.
+        """
+        if isinstance(inputs, str | bytes | os.PathLike | Image.Image | dict):
+            return super().__call__(inputs, **kwargs)
+        if isinstance(inputs, Dataset):
+            return super().__call__(inputs, **kwargs)
+        if isinstance(inputs, Sequence):
+            # Read one by one: a column of a large data set is not decoded into memory at once.
+            return list(super().__call__(_SequenceDataset(inputs), **kwargs))
+        if isinstance(inputs, Iterable):
+            return super().__call__(_generator(inputs), **kwargs)
+        raise TypeError(f"`inputs` must be a picture or an iterable of pictures, got {type(inputs).__name__}.")
+
+    def _sanitize_parameters(
+        self,
+        top_k: int | None = None,
+        labels: int | str | Sequence[int | str] | None = None,
+        function_to_apply: str | None = None,
+        overlay: bool | None = None,
+        timeout: float | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
+        if function_to_apply is not None:
+            function_to_apply = str(getattr(function_to_apply, "value", function_to_apply)).lower()
+            if function_to_apply not in SCORES:
+                raise ValueError(f"`function_to_apply` must be one of {list(SCORES)}, got {function_to_apply!r}.")
+        label_ids = None if labels is None else self._label_ids(labels)
+        preprocess = {"keep_image": overlay, "timeout": timeout}
+        postprocess = {"top_k": top_k, "label_ids": label_ids, "function_to_apply": function_to_apply}
+        given = [
+            {name: value for name, value in part.items() if value is not None} for part in (preprocess, postprocess)
+        ]
+        return given[0], {}, given[1]
+
+    def _label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
+        """Label ids of names or ids, each once."""
+        config = self.model.config
+        labels = [labels] if isinstance(labels, int | str) else list(labels)
+        ids = [config.label2id.get(label, label) if isinstance(label, str) else int(label) for label in labels]
+        unknown = [label for label in ids if label not in range(config.num_labels)]
+        if unknown or not ids:
+            raise ValueError(
+                f"`labels` must name at least one of {list(config.label2id)[:20]} or give ids below "
+                f"{config.num_labels}, got {unknown or labels}."
+            )
+        return list(dict.fromkeys(ids))
+
+    def preprocess(self, source: Any, keep_image: bool = False, timeout: float = 30.0) -> dict[str, Any]:
+        """Any input -> pixel_values (1, C, H, W), and the upright RGB picture if it is needed later."""
+        image = _read(source, timeout)
+        pixel_values = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
+        inputs = {"pixel_values": pixel_values.to(self.dtype)}
+        return {**inputs, "picture": image} if keep_image else inputs
+
+    def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One forward for the batch: maps (B, K, h, w), logits (B, K) and base values (B, K), in float32."""
+        pixel_values = inputs["pixel_values"]
+        grid = self.model.grid_size(*pixel_values.shape[-2:])
+        outputs = self.model(pixel_values)
+        results = {
+            "logits": outputs.logits,
+            "maps": outputs.attributions.transpose(1, 2).unflatten(-1, grid),
+            "base_values": outputs.base_values.expand_as(outputs.logits),
+        }
+        return {**results, "picture": inputs["picture"]} if "picture" in inputs else results
+
+    def postprocess(
+        self,
+        outputs: dict[str, Any],
+        top_k: int | None = None,
+        label_ids: list[int] | None = None,
+        function_to_apply: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """One picture's outputs, each with a leading dimension of 1 -> a dict per label, best score first."""
+        logits, maps, base_values = (outputs[name][0] for name in ("logits", "maps", "base_values"))
+        scores = SCORES[function_to_apply or self._default_function()](logits)
+        candidates = range(len(scores)) if label_ids is None else label_ids
+        if top_k is None:
+            top_k = 5 if label_ids is None else len(label_ids)
+        shown = sorted(candidates, key=lambda label: scores[label].item(), reverse=True)[:top_k]
+        entries = [
+            {
+                "label": self.model.config.id2label[label],
+                "score": scores[label].item(),
+                "logit": logits[label].item(),
+                "base_value": base_values[label].item(),
+                "attributions": maps[label].clone().numpy(),  # no view: it would keep all labels in memory
+            }
+            for label in shown
+        ]
+        if "picture" in outputs:
+            self._add_overlays(entries, maps[shown], outputs["picture"])
+        return entries
+
+    def _default_function(self) -> str:
+        """How the stock image-classification pipeline turns this model's logits into scores."""
+        config = self.model.config
+        if config.problem_type == "regression":
+            return "none"
+        multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
+        return "sigmoid" if multi_label else "softmax"
+
+    def _add_overlays(self, entries: list[dict[str, Any]], maps: Tensor, picture: Image.Image) -> None:
+        box = processor_geometry(self.image_processor, picture.size)
+        scale = symmetric_scale(maps)
+        for entry, attribution_map in zip(entries, maps, strict=True):
+            entry["overlay"] = overlay(picture, attribution_map, scale=scale, box=box)
+
+
+class _SequenceDataset(Dataset):
+    """Any sequence as the kind of data set that pipelines read item by item."""
+
+    def __init__(self, sequence: Sequence[Any]):
+        self.sequence = sequence
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.sequence[index]
+
+
+def _generator(inputs: Iterable[Any]) -> Iterator[Any]:
+    yield from inputs
+
+
+def _read(source: Any, timeout: float) -> Image.Image:
+    """A picture from anywhere as an upright RGB image."""
+    if isinstance(source, dict):
+        if source.get("bytes") is None and source.get("path") is None:
+            raise TypeError(
+                f"A picture given as a dict must have 'bytes' or 'path', got {sorted(source)}: "
+                'for rows of a data set give the column, `dataset["image"]`.'
+            )
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = _download(source, timeout)
+    elif isinstance(source, str) and source.startswith("data:image/"):
+        source = _decode_data_url(source)
+    return load_image(source)
+
+
+def _decode_data_url(url: str) -> bytes:
+    header, _, encoded = url.partition(",")
+    try:
+        if not header.endswith(";base64"):
+            raise binascii.Error("not marked as base64")
+        return base64.b64decode(encoded, validate=True)
+    except binascii.Error as error:
+        raise OSError(f"Cannot read the picture {url[:40]!r}...: its base64 is damaged ({error}).") from error
+
+
+def _download(url: str, timeout: float) -> bytes:
+    """Fetch a picture over http(s), at most `MAX_DOWNLOAD` bytes."""
+    request = urllib.request.Request(url, headers={"User-Agent": "hf_shapley", "Accept": "image/*,*/*"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            data = response.read(MAX_DOWNLOAD + 1)
+    except (OSError, ValueError, HTTPException) as error:  # no answer or an error; malformed URL; broken answer
+        raise OSError(
+            f"Cannot fetch the picture {url!r}: {error}. Check the address, or download it first."
+        ) from error
+    if len(data) > MAX_DOWNLOAD:
+        raise ValueError(f"Cannot fetch the picture {url!r}: more than {MAX_DOWNLOAD} bytes. Download and shrink it.")
+    return data
