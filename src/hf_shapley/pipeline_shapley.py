@@ -47,7 +47,7 @@ class ShapleyImageClassificationPipeline(Pipeline):
         entry["overlay"].save(f"{entry['label']}.png")
     ```
 
-    `pipeline`'s own options hold: `device`, `dtype`, `batch_size`, `num_workers`, `image_processor`, `revision`, `token`.
+    `pipeline`'s own options hold: `device`, `dtype`, `batch_size`, `num_workers`, `image_processor`, `revision`, ...
     The options of `__call__` may be given to `pipeline` too, as defaults for every call.
     """
 
@@ -60,8 +60,8 @@ class ShapleyImageClassificationPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "coalition_values"):
             raise ValueError(
-                f"`model` must be a Shapley image classifier, got {type(self.model).__name__}: load the checkpoint with "
-                "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification and train it."
+                f"`model` must be a Shapley image classifier, got {type(self.model).__name__}: load the checkpoint "
+                "with ShapleyViTForImageClassification or ShapleyConvNextForImageClassification and train it."
             )
         if self.image_processor is None:
             raise ValueError("`image_processor` must be given: AutoImageProcessor.from_pretrained(checkpoint).")
@@ -70,9 +70,9 @@ class ShapleyImageClassificationPipeline(Pipeline):
         """Classify and explain one picture or many.
 
         Args:
-            inputs: a picture: path, http(s) URL, "data:image/...;base64," string, encoded bytes, `PIL.Image.Image`, or a
-                dict with "bytes" or "path" (an undecoded `datasets` image); or many of them: a sequence (list, tuple,
-                `dataset["image"]`), or, to stream, a `KeyDataset`, any torch `Dataset`, a generator or other iterable.
+            inputs: a picture: path, http(s) URL, "data:image/...;base64," string, encoded bytes, `PIL.Image.Image`, or
+                a dict with "bytes" or "path" (an undecoded `datasets` image); or many of them: a sequence (list,
+                tuple, `dataset["image"]`), or, to stream, any torch `Dataset`, such as `KeyDataset`, or any iterable.
             top_k (int, default 5): number of labels per picture, those of the highest scores.
             labels (list of ids or names): restrict the output to these labels, all of them unless `top_k` is given.
             function_to_apply (str): "softmax", "sigmoid" or "none"; the default follows the model's problem type.
@@ -121,12 +121,12 @@ class ShapleyImageClassificationPipeline(Pipeline):
             if function_to_apply not in SCORES:
                 raise ValueError(f"`function_to_apply` must be one of {list(SCORES)}, got {function_to_apply!r}.")
         label_ids = None if labels is None else self._label_ids(labels)
-        preprocess = {"keep_image": overlay, "timeout": timeout}
-        postprocess = {"top_k": top_k, "label_ids": label_ids, "function_to_apply": function_to_apply}
-        given = [
-            {name: value for name, value in part.items() if value is not None} for part in (preprocess, postprocess)
-        ]
-        return given[0], {}, given[1]
+        parts = (
+            {"keep_image": overlay, "timeout": timeout},
+            {"top_k": top_k, "label_ids": label_ids, "function_to_apply": function_to_apply},
+        )
+        preprocess, postprocess = ({name: x for name, x in part.items() if x is not None} for part in parts)
+        return preprocess, {}, postprocess
 
     def _label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Label ids of names or ids, each once."""
@@ -253,9 +253,7 @@ def _download(url: str, timeout: float) -> bytes:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             data = response.read(MAX_DOWNLOAD + 1)
     except (OSError, ValueError, HTTPException) as error:  # no answer or an error; malformed URL; broken answer
-        raise OSError(
-            f"Cannot fetch the picture {url!r}: {error}. Check the address, or download it first."
-        ) from error
+        raise OSError(f"Cannot fetch the picture {url!r}: {error}. Check the address, or save it first.") from error
     if len(data) > MAX_DOWNLOAD:
         raise ValueError(f"Cannot fetch the picture {url!r}: more than {MAX_DOWNLOAD} bytes. Download and shrink it.")
     return data
