@@ -46,7 +46,10 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
         """Grid (h, w) of players for images of height x width pixels; raises if they do not fit."""
         stem = self.convnext.embeddings.patch_embeddings.stride
-        strides = [stem, *(s.downsampling_layer[1].stride for s in self.convnext.encoder.stages if s.downsampling_layer)]
+        strides = [
+            stem,
+            *(s.downsampling_layer[1].stride for s in self.convnext.encoder.stages if s.downsampling_layer),
+        ]
         step = prod(s[0] for s in strides), prod(s[1] for s in strides)
         grid = height // step[0], width // step[1]
         check_grid(grid, step, (height, width))
@@ -80,7 +83,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
                 features = layer(features)
             scale = features.shape[-1] // grid[1]
             masks = members.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
-            masks = masks.unsqueeze(2).to(features.dtype)  # (B' R, G, 1, H', W')
+            masks = masks.transpose(0, 1).unsqueeze(-1).to(features.dtype)  # (G, B' R, H', W', 1)
             for layer in stage.layers:
                 features = _structured_layer(layer, features, masks)
         return self._normed(features).unflatten(0, (batch, structures))
@@ -103,10 +106,13 @@ def _structured_layer(layer: ConvNextLayer, features: Tensor, masks: Tensor) -> 
     Args:
         layer: the stock layer.
         features: (B, C, H, W).
-        masks: (B, G, 1, H, W), 1 = member; the coalitions of one structure are disjoint and cover all players.
+        masks: (G, B, H, W, 1), 1 = member; the coalitions of one structure are disjoint and cover all players.
     """
-    hidden = sum(mask * layer.dwconv(mask * features) for mask in masks.unbind(dim=1))
-    hidden = layer.layernorm(hidden.permute(0, 2, 3, 1))
+    # Channels last, as in the stock layer: there the depthwise convolution's weight gradient is up to 3 times cheaper.
+    hidden = (features.permute(0, 2, 3, 1) * masks).flatten(0, 1)  # (G B, H, W, C)
+    hidden = layer.dwconv(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    hidden = (hidden.unflatten(0, masks.shape[:2]) * masks).sum(dim=0)  # (B, H, W, C)
+    hidden = layer.layernorm(hidden)
     hidden = layer.pwconv2(layer.act(layer.pwconv1(hidden)))
     if layer.layer_scale_parameter is not None:
         hidden = layer.layer_scale_parameter * hidden
