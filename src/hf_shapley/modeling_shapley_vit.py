@@ -77,13 +77,24 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         tokens = cat([cls.expand(-1, -1, num_coalitions, -1), patches], dim=2).flatten(0, 1)  # (B' R, G + N, D)
         cls_ids = torch.arange(num_coalitions, device=coalition_ids.device).expand(batch, structures, -1)
         token_ids = cat([cls_ids, coalition_ids], dim=2).flatten(0, 1)  # (B' R, G + N)
-        mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=tokens,
-            attention_mask=None,
-            and_mask_function=lambda b, head, query, key: token_ids[b, query] == token_ids[b, key],
+        return self._encode(tokens, self._coalition_mask(tokens, token_ids))[:, num_coalitions:].unflatten(
+            0, (batch, structures)
         )
-        return self._encode(tokens, mask)[:, num_coalitions:].unflatten(0, (batch, structures))
+
+    def _coalition_mask(self, tokens: Tensor, token_ids: Tensor):
+        """What the attention backend needs to keep tokens (B, T, D) of different ids (B, T) apart."""
+        if self.config._attn_implementation != "sdpa":
+            return create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=tokens,
+                attention_mask=None,
+                and_mask_function=lambda b, head, query, key: token_ids[b, query] == token_ids[b, key],
+            )
+        # Additive and in the queries' dtype: torch would turn a bool mask into just that, anew in every layer.
+        device = tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        apart = token_ids[:, None, :, None] != token_ids[:, None, None, :]  # (B, 1, T, T)
+        return torch.zeros(apart.shape, dtype=dtype, device=tokens.device).masked_fill_(apart, float("-inf"))
 
     def _encode(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         for layer in self.vit.layers:
