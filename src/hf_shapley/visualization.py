@@ -18,7 +18,6 @@ from .images import to_rgb
 if TYPE_CHECKING:
     # In `try`, because the Hub demands at load whatever a file imports outside of one.
     try:
-        from matplotlib.axes import Axes
         from matplotlib.figure import Figure
     except ImportError:
         pass
@@ -67,7 +66,8 @@ def processor_geometry(image_processor: BaseImageProcessor, image_size: tuple[in
     width, height = image_size
     if width < 1 or height < 1:
         raise ValueError(f"`image_size` must be (width, height) of at least one pixel each, got {image_size}.")
-    resized, crops = (width, height), []
+    resized: tuple[int, int] = (width, height)
+    crops: list[tuple[int, int]] = []
     if image_processor.do_resize:
         resized, crops = _resize(image_processor, width, height)
     if getattr(image_processor, "do_center_crop", None):
@@ -142,7 +142,7 @@ def place_map(attribution_map: Any, image_size: tuple[int, int], *, box: Box | N
 
 
 def _patch_indices(
-    box: Box, image_size: tuple[int, int], grid: tuple[int, int]
+    box: Box, image_size: tuple[int, int], grid: Sequence[int]
 ) -> tuple[tuple[int, Tensor], tuple[int, Tensor]]:
     """Per axis (rows, then columns): the first pixel inside the box and the patch index of each pixel inside."""
     axes = ((box[1], box[3], image_size[1], grid[0]), (box[0], box[2], image_size[0], grid[1]))
@@ -331,7 +331,7 @@ def _matplotlib() -> Any:
 
 
 def _draw_block(
-    block: Sequence["Axes"],
+    block: Sequence[Any],
     image: Image.Image,
     maps: Tensor,
     labels: Sequence[str],

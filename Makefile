@@ -1,0 +1,53 @@
+# make demo     train a small self-explaining model and look at its explanations
+# make test     run the tests
+# make quality  check style, types, dead code and layout
+# make coverage run the tests and show the lines that no test reaches
+# make clean    remove caches and build products, keep .venv and outputs
+.DEFAULT_GOAL := test
+.NOTPARALLEL:
+.PHONY: demo test quality coverage clean
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+# One thread per test process: more only fight for the cores.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+BIN := $(VENV)/bin
+SOURCES := src tests $(wildcard examples benchmarks)
+
+# Names that Hugging Face or Python calls, not we.
+HOOKS := _compute,_forward,_info,_init_weights,_sanitize_parameters,accepts_loss_kwargs,card_data_class,$\
+	default_template_path,exception,head,keys_to_ignore_at_inference,loss_is_scaled_for_ga,remove_unused_columns
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Not an extra of the package: it only makes `make test` faster.
+TOOLS_test := pytest-xdist
+
+# .installed-EXTRA says that the package and this extra are installed as setup.cfg and constraints.txt want them.
+$(VENV)/.installed-%: setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt torch -e '.[$*]' $(TOOLS_$*)
+	touch $@
+
+demo: $(VENV)/.installed-plot
+	$(BIN)/hf-shapley demo
+
+test: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+coverage: $(VENV)/.installed-test
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --cov $(PYTEST_ARGS)
+
+quality: $(VENV)/.installed-quality $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/vulture --min-confidence 60 --ignore-names '$(HOOKS)' $(SOURCES)
+	$(BIN)/python -m pytest --quiet --noconftest tests/test_layout.py
+
+clean:
+	rm -rf build dist site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
