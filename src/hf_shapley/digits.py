@@ -1,8 +1,16 @@
-"""scikit-learn's 8 x 8 digits as a `datasets` data set: real images that need no download."""
+"""scikit-learn's 8 x 8 digits as a `datasets` data set, and a small model of them: nothing needs a download."""
+
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
+from transformers import PrinterCallback, ViTImageProcessorPil
+
+from .configuration_shapley import ShapleyConvNextConfig
+from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 TEST_FRACTION = 0.25
 
@@ -34,3 +42,56 @@ def digits_dataset() -> DatasetDict:
         for name, rows in {"train": train, "test": test}.items()
     }
     return DatasetDict(splits)
+
+
+def train_digits_model(
+    *, epochs: float = 16, seed: int = 0
+) -> tuple[ShapleyConvNextForImageClassification, ViTImageProcessorPil]:
+    """Train a small ConvNeXt of 4 x 4 players on the digits jointly, on the CPU, within seconds: a model for examples.
+
+    Like any Trainer, it seeds Python's, NumPy's and torch's global generators.
+
+    Args:
+        epochs: passes over the 1,347 training images.
+        seed: of the weights, the order of the images and the coalitions.
+
+    Returns:
+        The model in evaluation mode, and its image processor.
+    """
+    train = digits_dataset()["train"]
+    labels = train.features["label"].names
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    pixels = processor(train["image"][:], return_tensors="pt")["pixel_values"]  # (1347, 3, 8, 8)
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, train["label"][:], strict=True)]
+    config = ShapleyConvNextConfig(
+        hidden_sizes=[64],
+        depths=[2],
+        num_stages=1,
+        patch_size=2,
+        layer_scale_init_value=1.0,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    with TemporaryDirectory() as folder:
+        args = ShapleyTrainingArguments(
+            output_dir=folder,
+            seed=seed,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=128,
+            learning_rate=1e-2,
+            shapley_weight=3.0,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        torch.manual_seed(seed)
+        model = ShapleyConvNextForImageClassification(config)
+        trainer = ShapleyTrainer(model, args, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return model.eval(), processor
