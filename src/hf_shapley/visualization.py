@@ -17,7 +17,7 @@ from .images import to_rgb
 
 if TYPE_CHECKING:
     # In `try`, because the Hub demands at load whatever a file imports outside of one.
-    try:
+    try:  # noqa: SIM105
         from matplotlib.figure import Figure
     except ImportError:
         pass
