@@ -29,6 +29,8 @@ class ShapleyImageClassifierOutput(ModelOutput):
         base_values: (K), float32: v(empty), the same for every image.
         coalition_votes: (B', R, N, K), float32: each player's vote when it sees only its own coalition; when
             `coalition_ids` (B', R, N) were given.
+        coalition_gains: (B', R, G, K), float32: v(S) - v(empty) of each coalition; with `sums_only`.
+        coalition_attributions: (B', R, G, K), float32: attributions summed over each coalition; with `sums_only`.
         hidden_states: the backbone's, when asked for.
         attentions: the backbone's, when asked for (ViT).
     """
@@ -38,6 +40,8 @@ class ShapleyImageClassifierOutput(ModelOutput):
     attributions: Tensor | None = None
     base_values: Tensor | None = None
     coalition_votes: Tensor | None = None
+    coalition_gains: Tensor | None = None
+    coalition_attributions: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -99,21 +103,46 @@ class AttributionHead(nn.Module):
 
     def votes(self, tokens: Tensor, classifier: nn.Linear) -> Tensor:
         """Each token's vote: (..., N, D) -> (..., N, K), float32, divided by the number of players N."""
-        num_players = tokens.shape[-2]
+        return nn.functional.linear(self.vote_tokens(tokens), classifier.weight).float() / tokens.shape[-2]
+
+    def vote_tokens(self, tokens: Tensor) -> Tensor:
+        """What the classifier reads: (..., N, D) -> (..., N, D)."""
         for block in self.vote_blocks:
             tokens = block(tokens)
-        return nn.functional.linear(tokens, classifier.weight).float() / num_players
+        return tokens
 
     def attributions(self, tokens: Tensor, votes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Votes of the full image, plus the influence term where there is one: (B, N, D), (B, N, K) -> (B, N, K)."""
         votes = scale_gradient(votes, self.vote_gradient)
         if self.influence is None:
             return votes
+        influence = self.influence(self._influence_tokens(tokens, grid)).float() / tokens.shape[-2]
+        return votes + (influence - influence.mean(dim=-2, keepdim=True))
+
+    def attribution_sums(self, tokens: Tensor, vote_sums: Tensor, coalitions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attributions summed over coalitions: tokens (B, N, D), sums (B, M, K), bool (B, M, N) -> (B, M, K)."""
+        vote_sums = scale_gradient(vote_sums, self.vote_gradient)
+        if self.influence is None:
+            return vote_sums
+        tokens = self._influence_tokens(tokens, grid)
+        tokens = tokens - tokens.mean(dim=-2, keepdim=True)
+        return vote_sums + sums_of_linear(tokens, coalitions, self.influence.weight) / tokens.shape[-2]
+
+    def _influence_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         tokens = scale_gradient(tokens, self.influence_gradient)
         for block in self.influence_blocks:
             tokens = block(tokens, grid)
-        influence = self.influence(self.influence_norm(tokens)).float() / tokens.shape[-2]
-        return votes + (influence - influence.mean(dim=-2, keepdim=True))
+        return self.influence_norm(tokens)
+
+
+def sums_of_linear(tokens: Tensor, coalitions: Tensor, weight: Tensor) -> Tensor:
+    """A linear map of tokens, summed over coalitions: (..., N, D), bool (..., M, N), (K, D) -> (..., M, K), float32.
+
+    Sums first and maps then, which for many labels costs much less than the other way round.
+    """
+    sums = sum_over_coalitions(coalitions, tokens)  # (..., M, D)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return nn.functional.linear(sums, weight.to(sums.dtype)).float()
 
 
 class ShapleyImageClassifierMixin:
@@ -139,7 +168,9 @@ class ShapleyImageClassifierMixin:
         from .pipeline_shapley import custom_pipelines
 
         self.config.custom_pipelines = custom_pipelines()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # The original format renames ViT's weights, and Trainer, which resumes by the model's own names, would then
+        # go on from random ones.
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def _base_values(self) -> Tensor:
         return self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it
@@ -152,6 +183,7 @@ class ShapleyImageClassifierMixin:
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         num_coalitions: int | None = None,
+        sums_only: bool = False,
         **kwargs,
     ) -> ShapleyImageClassifierOutput:
         """Classify images, attribute every label to the patches and, if asked, play the game.
@@ -164,6 +196,9 @@ class ShapleyImageClassifierMixin:
             interpolate_pos_encoding: ViT: allow other image sizes than the config's.
             num_coalitions: G, one more than the largest id; given, the device is not waited for to find it out, and
                 the ids' range is not checked.
+            sums_only: give `coalition_gains` and `coalition_attributions`, the sums over each coalition, in place of
+                every player's `coalition_votes` and `attributions`: all that training needs, at a cost that hardly
+                grows with the number of labels.
             **kwargs: `output_hidden_states`, `output_attentions`, for the ordinary forward only.
 
         Returns:
@@ -173,6 +208,8 @@ class ShapleyImageClassifierMixin:
             ValueError: for pixels or ids of a wrong shape, dtype or range.
         """
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
+        if sums_only and coalition_ids is None:
+            raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
         recorded = {}
         structured = None
         if coalition_ids is None:
@@ -187,17 +224,51 @@ class ShapleyImageClassifierMixin:
             tokens = self._tokens(embeddings)  # (B, N, D)
             structured = self._structured_tokens(embeddings, coalition_ids, num_coalitions)  # (B', R, N, D)
 
-        votes = self.attribution_head.votes(tokens, self.classifier)  # (B, N, K)
+        if sums_only:
+            gains, fields = self._sums(tokens, structured, coalition_ids, num_coalitions, grid)
+        else:
+            gains, fields = self._votes(tokens, structured, grid)
         base_values = self._base_values()
-        logits = base_values + votes.sum(dim=1)
+        logits = base_values + gains  # (B, K)
         return ShapleyImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,
-            attributions=self.attribution_head.attributions(tokens, votes, grid),
             base_values=base_values,
-            coalition_votes=None if structured is None else self.attribution_head.votes(structured, self.classifier),
+            **fields,
             **recorded,
         )
+
+    def _votes(
+        self, tokens: Tensor, structured: Tensor | None, grid: tuple[int, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gain of the full image (B, K), and the output's fields that hold something for each player."""
+        head = self.attribution_head
+        votes = head.votes(tokens, self.classifier)  # (B, N, K)
+        fields = {"attributions": head.attributions(tokens, votes, grid)}
+        if structured is not None:
+            fields["coalition_votes"] = head.votes(structured, self.classifier)
+        return votes.sum(dim=1), fields
+
+    def _sums(
+        self, tokens: Tensor, structured: Tensor, coalition_ids: Tensor, num_coalitions: int, grid: tuple[int, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gain of the full image (B, K), and the output's fields that hold something for each coalition."""
+        head, num_players = self.attribution_head, tokens.shape[-2]
+        members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
+        gains = self._coalition_gains(structured, members)  # (B', R, G, K)
+        vote_tokens = head.vote_tokens(tokens)
+        everyone = members.new_ones(len(tokens), 1, num_players)
+        total = sums_of_linear(vote_tokens, everyone, self.classifier.weight).squeeze(1) / num_players
+        batch, shape = len(members), members.shape[1:3]
+        members = members.flatten(1, 2)  # (B', R G, N)
+        votes = sums_of_linear(vote_tokens[:batch], members, self.classifier.weight) / num_players
+        attributions = head.attribution_sums(tokens[:batch], votes, members, grid).unflatten(1, shape)
+        return total, {"coalition_gains": gains, "coalition_attributions": attributions}
+
+    def _coalition_gains(self, structured: Tensor, members: Tensor) -> Tensor:
+        """v(S) - v(empty) from the tokens under structures: (B', R, N, D), bool (B', R, G, N) -> (B', R, G, K)."""
+        tokens = self.attribution_head.vote_tokens(structured)
+        return sums_of_linear(tokens, members, self.classifier.weight) / members.shape[-1]
 
     @torch.no_grad()
     def explain(
@@ -271,9 +342,8 @@ class ShapleyImageClassifierMixin:
         """v(S): (B, ...), (B, M, N) -> (B, M, K). With `paired`, coalition 2 j + 1 is the complement of 2 j."""
         structures = coalitions[:, 0::2] if paired else coalitions  # (B, R, N)
         tokens = self._structured_tokens(embeddings, coalitions_to_ids(structures), 2)
-        votes = self.attribution_head.votes(tokens, self.classifier)  # (B, R, N, K)
         members = torch.stack([structures, ~structures], dim=2) if paired else structures.unsqueeze(2)
-        return self._base_values() + sum_over_coalitions(members, votes).flatten(1, 2)
+        return self._base_values() + self._coalition_gains(tokens, members).flatten(1, 2)
 
     def _check_pixels(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, check_values: bool = False
@@ -281,9 +351,13 @@ class ShapleyImageClassifierMixin:
         """Refuse images that the grid of players cannot cover; return the grid (h, w)."""
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or len(pixel_values) == 0:
             got = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-            raise ValueError(f"`pixel_values` must be of shape (batch, channels, height, width), batch > 0, got {got}.")
+            raise ValueError(
+                f"`pixel_values` must be of shape (batch, channels, height, width), batch > 0, got {got}."
+            )
         if not pixel_values.is_floating_point():
-            raise ValueError(f"`pixel_values` must be floating point, got {pixel_values.dtype}: use the image processor.")
+            raise ValueError(
+                f"`pixel_values` must be floating point, got {pixel_values.dtype}: use the image processor."
+            )
         if pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."

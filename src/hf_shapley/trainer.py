@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from .attribution_head import ShapleyImageClassifierOutput, scale_gradient
-from .coalitions import coalitions_to_ids, sample_coalitions, sum_over_coalitions
-from .losses import coalition_label_loss, coalition_loss, paired_shapley_loss
+from .coalitions import coalitions_to_ids, sample_coalitions
+from .losses import coalition_label_loss, coalition_loss, paired_residual_loss
 
 COALITION_TARGETS = ("prediction", "label")
 
@@ -102,8 +102,8 @@ class ShapleyTrainer(Trainer):
             loss = terms["classification"] + 0.0 * outputs.attributions.sum()
         else:
             coalitions = self._draw_coalitions(model, inputs, micro_step)  # (B', R, N)
-            outputs = model(**inputs, coalition_ids=coalitions_to_ids(coalitions), num_coalitions=2)
-            terms = self.loss_terms(outputs, coalitions, inputs["labels"])
+            outputs = model(**inputs, coalition_ids=coalitions_to_ids(coalitions), num_coalitions=2, sums_only=True)
+            terms = self.loss_terms(outputs, coalitions.shape[-1], inputs["labels"])
             weights = {"classification": 1.0, "coalition": self.args.coalition_weight, "shapley": self.shapley_weight}
             loss = sum(weights[name] * term for name, term in terms.items())
         for name, term in terms.items():
@@ -111,22 +111,18 @@ class ShapleyTrainer(Trainer):
             self._term_counts[name] += 1
         return (loss, outputs) if return_outputs else loss
 
-    def loss_terms(
-        self, outputs: ShapleyImageClassifierOutput, coalitions: Tensor, labels: Tensor
-    ) -> dict[str, Tensor]:
-        """The joint loss's unweighted terms for a forward under `coalitions` (B', R, N) and their complements."""
-        members = torch.stack([coalitions, ~coalitions], dim=2)  # (B', R, 2, N)
-        gains = sum_over_coalitions(members, outputs.coalition_votes)  # (B', R, 2, K)
+    def loss_terms(self, outputs: ShapleyImageClassifierOutput, num_players: int, labels: Tensor) -> dict[str, Tensor]:
+        """The joint loss's unweighted terms, from the sums over pairs of coalitions (B', R, 2, K) of a forward."""
+        gains = outputs.coalition_gains
         values = outputs.base_values + gains
         multi_label = self.model.config.problem_type == "multi_label_classification"
         if self.args.coalition_target == "label":
             coalition = coalition_label_loss(values, labels[: len(values)], multi_label=multi_label)
         else:
             coalition = coalition_loss(values, outputs.logits[: len(values)], multi_label=multi_label)
-        shapley = paired_shapley_loss(
-            outputs.attributions[: len(values)],
-            coalitions,
-            scale_gradient(gains, self.args.value_gradient),
+        shapley = paired_residual_loss(
+            scale_gradient(gains, self.args.value_gradient) - outputs.coalition_attributions,
+            num_players,
             odd_weight=self.args.odd_weight,
             even_weight=self.args.even_weight,
         )
@@ -152,6 +148,14 @@ class ShapleyTrainer(Trainer):
             self._term_sums.clear()
             self._term_counts.clear()
         super().log(logs, start_time)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Refuse a checkpoint that does not hold this model's weights, where the stock Trainer only warns."""
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint does not fit the model: missing {load_result.missing_keys[:3]} and unexpected "
+                f"{load_result.unexpected_keys[:3]} weights, among others: resume with the model that wrote it."
+            )
 
     def _classification_loss(self, outputs: ShapleyImageClassifierOutput, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:

@@ -1,0 +1,152 @@
+"""The `hf-shapley` command: parses, calls the library, prints.
+
+Exit codes: 0 done, 1 the request failed (bad file, model or value), 2 the command line was wrong.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors that a user can mend are one line on stderr."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"hf-shapley {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"hf-shapley {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-shapley", description="Image classifiers that explain themselves with Shapley values."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-shapley {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_explain):
+        add(commands)
+    return parser
+
+
+def _add_command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"Example: {example}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_demo(commands) -> None:
+    demo = _add_command(
+        commands,
+        "demo",
+        _demo,
+        "Train a digit classifier that explains itself and compare it with exact Shapley values.",
+        "hf-shapley demo --backbone convnext --seeds 3 --output outputs/convnext",
+    )
+    demo.add_argument("--backbone", choices=("vit", "convnext"), default="vit", help="architecture to train")
+    demo.add_argument("--seeds", type=int, default=1, help="seeds to train; means and each seed's values are reported")
+    demo.add_argument("--epochs", type=int, default=60, help="passes over the 1,347 training images")
+    demo.add_argument("--images", type=int, default=32, help="test images to enumerate all coalitions of")
+    demo.add_argument("-o", "--output", default="outputs/demo", help="folder for model, results, figure and report")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import DemoSettings, run_demo
+
+    settings = DemoSettings(options.backbone, options.seeds, options.epochs, options.images, options.output)
+    results = run_demo(settings)
+    print(json.dumps(results, indent=2))
+    print(f"Open {Path(options.output) / 'report.html'}", file=sys.stderr)
+
+
+def _add_explain(commands) -> None:
+    explain = _add_command(
+        commands,
+        "explain",
+        _explain,
+        "Classify one image and draw which patches speak for and against its labels.",
+        "hf-shapley explain cat.jpg --model outputs/demo/model -o cat.png",
+    )
+    explain.add_argument("image", help="picture file")
+    explain.add_argument("--model", required=True, help="folder or Hub id of a Shapley image classifier")
+    explain.add_argument("-o", "--output", required=True, help="picture to write (.png, .jpg, .svg or .pdf)")
+    explain.add_argument("--top-k", type=int, default=2, help="how many of the likeliest labels to draw")
+    explain.add_argument("--label", action="append", help="label to draw instead (may be repeated)")
+    explain.add_argument("--json", action="store_true", help="print labels, logits and attributions as JSON")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    from .images import load_image
+    from .visualization import attribution_figure, processor_geometry
+
+    if Path(options.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
+        raise ValueError(f"`--output` must end in .png, .jpg, .svg or .pdf, got {options.output!r}.")
+    image = load_image(options.image)
+    model = AutoModelForImageClassification.from_pretrained(options.model, dtype=torch.float32).eval()
+    if not hasattr(model, "explain"):
+        raise ValueError(
+            f"{options.model!r} is a {type(model).__name__}, which does not explain itself: train it with "
+            "ShapleyTrainer first (see docs)."
+        )
+    processor = AutoImageProcessor.from_pretrained(options.model)
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model(pixels).logits[0]
+    if not 1 <= options.top_k <= len(logits):
+        raise ValueError(f"`--top-k` must lie in [1, {len(logits)}], got {options.top_k}.")
+    names = model.config.id2label
+    labels = options.label or [names[index] for index in logits.topk(options.top_k).indices.tolist()]
+    maps = model.explain(pixels, labels)[0]  # (labels, h, w)
+    ids = [model.config.label2id[label] for label in labels]
+    answer = [
+        {
+            "label": label,
+            "score": logits.softmax(-1)[index].item(),
+            "logit": logits[index].item(),
+            "base_value": model.classifier.bias[index].item(),
+            "attributions": values.tolist(),
+        }
+        for label, index, values in zip(labels, ids, maps, strict=True)
+    ]
+    titles = [f"{row['label']} ({row['score']:.1%})" for row in answer]
+    figure = attribution_figure(image, maps, titles, box=processor_geometry(processor, image.size))
+    _save_figure(figure, Path(options.output))
+    if options.json:
+        print(json.dumps(answer))
+    else:
+        for row in answer:
+            print(f"{row['label']}: score {row['score']:.4f}, logit {row['logit']:.3f}")
+
+
+def _save_figure(figure, path: Path) -> None:
+    """Write under a temporary name first, so that no half-written picture is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""The demo: train a self-explaining digit classifier, and hold its attributions against exact Shapley values."""
+
+import base64
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, PackageLoader
+from torch import Tensor
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    set_seed,
+)
+
+from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .digits import digits_dataset
+from .estimators import exact_shapley
+from .metrics import attribution_correlation, error_ratio
+from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .modeling_shapley_vit import ShapleyViTForImageClassification
+from .trainer import ShapleyTrainer, ShapleyTrainingArguments
+from .visualization import attribution_grid
+
+# 4 x 4 = 16 players each, so that all 65,536 coalitions can be evaluated.
+BACKBONES = {
+    "vit": dict(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=8, patch_size=2
+    ),
+    "convnext": dict(
+        hidden_sizes=[32, 64], depths=[1, 3], num_stages=2, patch_size=1, image_size=8, layer_scale_init_value=1.0
+    ),
+}
+CLASSES = {
+    "vit": (ViTConfig, ViTForImageClassification, ShapleyViTConfig, ShapleyViTForImageClassification),
+    "convnext": (
+        ConvNextConfig,
+        ConvNextForImageClassification,
+        ShapleyConvNextConfig,
+        ShapleyConvNextForImageClassification,
+    ),
+}
+TRAINING = dict(
+    per_device_train_batch_size=64,
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.1,
+)
+SHAPLEY_TRAINING = {"vit": dict(shapley_weight=1.5), "convnext": dict(shapley_weight=3.0)}
+SHAPLEY_CONFIG = {"vit": {}, "convnext": {}}
+
+
+@dataclass
+class DemoSettings:
+    """What `hf-shapley demo` can be asked for.
+
+    Args:
+        backbone: "vit" or "convnext".
+        seeds: number of seeds to train, from 0 on.
+        epochs: passes over the 1,347 training images.
+        images: test images whose exact Shapley values are computed, from 2 to 450.
+        output: folder that receives model, results, figure and report.
+    """
+
+    backbone: str = "vit"
+    seeds: int = 1
+    epochs: int = 60
+    images: int = 32
+    output: str = "outputs/demo"
+
+    def __post_init__(self):
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"`backbone` must be one of {list(BACKBONES)}, got {self.backbone!r}.")
+        for name, low, high in (("seeds", 1, 100), ("epochs", 1, 10_000), ("images", 2, 450)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"`{name}` must lie in [{low}, {high}], got {getattr(self, name)}.")
+        if Path(self.output).exists() and not Path(self.output).is_dir():
+            raise ValueError(f"`output` must be a folder, got the file {self.output}.")
+
+
+def run_demo(settings: DemoSettings) -> dict:
+    """Train with and without explanations, compare with exact Shapley values, write everything to `settings.output`.
+
+    Returns:
+        The results, as written to `results.json`; with several seeds, means over seeds, and a list by seed.
+    """
+    start = time.perf_counter()
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
+    data = digits_dataset()
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    tensors = {name: _tensors(split, processor) for name, split in data.items()}
+    runs = []
+    for seed in range(settings.seeds):
+        _say(f"Seed {seed}: training {settings.backbone} with explanations, then the plain one beside it.")
+        joint = _train(settings, tensors["train"], seed, joint=True)
+        plain = _train(settings, tensors["train"], seed, joint=False)
+        runs.append(_measure(joint, plain, tensors["test"], settings.images))
+        _say(" ".join(f"{name} {value:.6g}" for name, value in runs[-1].items()))
+        if seed == 0:
+            first = joint
+    results = _results(settings, runs, time.perf_counter() - start)
+    _write(output, first, processor, data["test"], tensors["test"][0], results)
+    return results
+
+
+def _tensors(split, processor: ViTImageProcessorPil) -> tuple[Tensor, Tensor]:
+    """Pixels (images, 3, 8, 8) and labels (images)."""
+    return processor(split["image"][:], return_tensors="pt")["pixel_values"], torch.tensor(split["label"][:])
+
+
+def _train(settings: DemoSettings, train: tuple[Tensor, Tensor], seed: int, joint: bool) -> PreTrainedModel:
+    """Train from scratch; joint and plain share backbone, schedule and seed."""
+    names = [str(digit) for digit in range(10)]
+    options = BACKBONES[settings.backbone] | {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: digit for digit, name in enumerate(names)},
+    }
+    plain_config, plain_model, shapley_config, shapley_model = CLASSES[settings.backbone]
+    set_seed(seed)
+    if joint:
+        model = shapley_model(shapley_config(**options, **SHAPLEY_CONFIG[settings.backbone]))
+        make_trainer, make_args, extra = ShapleyTrainer, ShapleyTrainingArguments, SHAPLEY_TRAINING[settings.backbone]
+    else:
+        model = plain_model(plain_config(**options))
+        make_trainer, make_args, extra = Trainer, TrainingArguments, {}
+    checkpoints = Path(settings.output) / "training"
+    args = make_args(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        seed=seed,
+        save_strategy="no",
+        logging_steps=200,
+        report_to=[],
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **TRAINING,
+        **extra,
+    )
+    rows = [{"pixel_values": pixels, "labels": label} for pixels, label in zip(*train, strict=True)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # The model is so small that threads would mostly wait for each other.
+    try:
+        make_trainer(model, args, train_dataset=rows).train()
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def _measure(joint: PreTrainedModel, plain: PreTrainedModel, test: tuple[Tensor, Tensor], images: int) -> dict:
+    """Accuracy of both models on the whole test split, and the joint one's attributions against exact values."""
+    pixels, labels = test
+    output = joint(pixels)
+    gap = output.attributions.sum(1) - (output.logits - output.base_values)
+    predicted = output.attributions[:images].double()  # (images, 16, 10)
+    exact = torch.stack([_exact(joint, image) for image in _progress(pixels[:images], "exact Shapley values")])
+    return {
+        "accuracy_joint": _accuracy(output.logits, labels),
+        "accuracy_plain": _accuracy(plain(pixels).logits, labels),
+        "shapley_correlation": attribution_correlation(predicted, exact).mean,
+        "shapley_error_ratio": error_ratio(predicted, exact).mean,
+        "efficiency_gap": gap.abs().max().item(),
+        "leak": _leak(joint, pixels),
+    }
+
+
+def _exact(model: PreTrainedModel, image: Tensor) -> Tensor:
+    """Exact Shapley values (16, 10) of one image, from all 65,536 coalitions."""
+
+    def game(coalitions: Tensor) -> Tensor:
+        return model.coalition_values(image[None], coalitions[None], batch_size=2048)[0].double()
+
+    return exact_shapley(game, num_players=16, batch_size=8192)
+
+
+def _leak(model: PreTrainedModel, pixels: Tensor) -> float:
+    """Largest change of v(S) when the pixels of absent players are replaced by another image's."""
+    generator = torch.Generator().manual_seed(0)
+    coalitions = torch.rand(len(pixels), 1, 16, generator=generator) < 0.5
+    present = coalitions.view(-1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    changed = torch.where(present, pixels, pixels.roll(1, dims=0))
+    values = [model.coalition_values(x, coalitions) for x in (pixels, changed)]
+    return (values[0] - values[1]).abs().max().item()
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(-1) == labels).double().mean().item()
+
+
+def _results(settings: DemoSettings, runs: list[dict], seconds: float) -> dict:
+    """Means over seeds under the plain names, each run's value in a list, settings and versions."""
+    results: dict = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
+    results["accuracy_difference"] = results["accuracy_joint"] - results["accuracy_plain"]
+    if len(runs) > 1:
+        results |= {f"{name}_by_seed": [run[name] for run in runs] for name in runs[0]}
+        differences = [run["accuracy_joint"] - run["accuracy_plain"] for run in runs]
+        results["accuracy_difference_standard_deviation"] = statistics.stdev(differences)
+    results["seconds"] = round(seconds, 1)
+    results |= {name: value for name, value in asdict(settings).items() if name != "output"}
+    results |= TRAINING | SHAPLEY_TRAINING[settings.backbone] | {"test_images": 450, "train_images": 1347}
+    results |= {f"{name}_version": version(name) for name in ("hf_shapley", "torch", "transformers")}
+    results |= {"python_version": platform.python_version(), "cpus": os.cpu_count()}
+    results["command"] = f"hf-shapley demo --backbone {settings.backbone} --seeds {settings.seeds} " + (
+        f"--epochs {settings.epochs} --images {settings.images}"
+    )
+    return results
+
+
+def _write(output: Path, model: PreTrainedModel, processor, test, pixels: Tensor, results: dict) -> None:
+    """Model, processor, results, figure and report."""
+    model.save_pretrained(output / "model")
+    processor.save_pretrained(output / "model")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    maps = model.explain(pixels[:12])  # (12, 10, 4, 4)
+    logits = model(pixels[:12]).logits
+    top = logits.topk(2).indices  # (12, 2): predicted label and runner-up
+    chosen = maps.gather(1, top[..., None, None].expand(-1, -1, 4, 4))
+    figure = attribution_grid(
+        test["image"][:12],
+        chosen,
+        [[f"{label}: {logits[row, label]:.1f}" for label in labels] for row, labels in enumerate(top.tolist())],
+        titles=[f"a {label}" for label in test["label"][:12]],
+        blocks_per_row=3,
+    )
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    (output / "attributions.png").write_bytes(picture.getvalue())
+    template = Environment(loader=PackageLoader("hf_shapley"), autoescape=True).get_template("demo_report.html")
+    (output / "report.html").write_text(
+        template.render(results=results, picture=base64.b64encode(picture.getvalue()).decode())
+    )
+
+
+def _progress(items: Tensor, title: str):
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=title, unit="image")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,277 @@
+import json
+
+import pytest
+import torch
+from conftest import make_model
+from torch.nn import functional as F
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, coalitions_to_ids, sample_coalitions
+
+
+def images(count: int = 16) -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(count, 3, 16, 24, generator=generator)
+    labels = torch.randint(0, 5, (count,), generator=generator)
+    return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels, strict=True)]
+
+
+def make_trainer(tmp_path, model=None, data=None, **options) -> ShapleyTrainer:
+    options = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "logging_steps": 1, **options}
+    args = ShapleyTrainingArguments(
+        output_dir=str(tmp_path),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        save_strategy=options.pop("save_strategy", "no"),
+        **options,
+    )
+    trainer = ShapleyTrainer(model or make_model("vit"), args, train_dataset=data or images(), eval_dataset=images(6))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def batch_of(rows: list[dict]) -> dict:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_the_terms_are_the_formula_image_by_image(backbone, tmp_path):
+    """L = CE + coalition_weight * mean CE(v, p) + shapley_weight * N * mean (v - base - sum phi)^2, slowly."""
+    model = make_model(backbone, attribution_head="votes+influence")
+    trainer = make_trainer(tmp_path, model, coalition_weight=0.5, shapley_weight=2.0)
+    batch = batch_of(images(4))
+    coalitions = sample_coalitions(4, 2, num_players=24, generator=torch.Generator().manual_seed(0))
+    sums = model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+    terms = trainer.loss_terms(sums, 24, batch["labels"])
+    output = model(**batch)
+
+    pairs = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2)  # (4, 4, 24)
+    values = model.coalition_values(batch["pixel_values"], pairs)
+    coalition, shapley = [], []
+    for image in range(4):
+        p = output.logits[image].softmax(-1)
+        for members, value in zip(pairs[image], values[image], strict=True):
+            coalition.append(-(p * value.log_softmax(-1)).sum())
+            gap = value - model.classifier.bias - output.attributions[image][members].sum(0)
+            shapley.append(24 * gap.square().mean())
+    torch.testing.assert_close(terms["classification"], F.cross_entropy(output.logits, batch["labels"]))
+    torch.testing.assert_close(terms["coalition"], torch.stack(coalition).mean(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(terms["shapley"], torch.stack(shapley).mean(), atol=1e-5, rtol=1e-4)
+    assert all(term > 0 for term in terms.values())
+
+
+def test_logged_terms_add_up_to_the_logged_loss(tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=2, coalition_weight=0.5, shapley_weight=2.0)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weighted = entry["loss_classification"] + 0.5 * entry["loss_coalition"] + 2.0 * entry["loss_shapley"]
+    assert entry["loss"] == pytest.approx(weighted, rel=1e-3)
+
+
+def test_accumulating_two_batches_of_four_is_one_batch_of_eight(backbone, tmp_path):
+    weights, losses = [], []
+    for size, accumulation in ((8, 1), (4, 2)):
+        trainer = make_trainer(
+            tmp_path / str(size),
+            make_model(backbone, attribution_head="votes+influence"),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+        losses.append([logged(trainer, f"loss_{name}") for name in ("classification", "coalition", "shapley")])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-5, rtol=1e-4)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-4)
+
+
+def gradients(tmp_path, **options) -> dict[str, torch.Tensor]:
+    """Gradient of the Shapley term alone."""
+    config = options.pop("config", {})
+    model = make_model("vit", **config).train()
+    trainer = make_trainer(tmp_path, model, **options)
+    batch = batch_of(images(4))
+    coalitions = sample_coalitions(4, 1, num_players=24, generator=torch.Generator().manual_seed(0))
+    output = model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+    trainer.loss_terms(output, 24, batch["labels"])["shapley"].backward()
+    return {name: torch.zeros(()) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def test_value_gradient_scales_what_flows_through_the_values(tmp_path):
+    through, detached, half = (gradients(tmp_path, value_gradient=g) for g in (1.0, 0.0, 0.5))
+    name = "vit.layers.0.mlp.fc1.weight"
+    assert not torch.allclose(through[name], detached[name])
+    torch.testing.assert_close(half[name], (through[name] + detached[name]) / 2)
+
+
+def test_the_shapley_term_leaves_detached_votes_alone(tmp_path):
+    config = {"attribution_head": "votes+influence", "influence_gradient": 0.0}
+    found = gradients(tmp_path, value_gradient=0.0, config=config)
+    reached = {name for name, gradient in found.items() if gradient.abs().max() > 0}
+    assert reached and all(name.startswith("attribution_head.influence") for name in reached)
+    # With the gradient through the values, classifier and backbone learn too.
+    assert gradients(tmp_path, value_gradient=1.0, config=config)["classifier.weight"].abs().max() > 0
+
+
+def test_the_base_values_get_no_gradient_from_the_shapley_term(tmp_path):
+    assert gradients(tmp_path, value_gradient=0.0)["classifier.bias"].abs().max() == 0
+
+
+def test_the_weight_warms_up_over_its_fraction_of_the_steps(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=4, shapley_weight=2.0, shapley_warmup=0.5)
+    trainer.train()
+    assert logged(trainer, "shapley_weight") == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0])
+
+
+def test_a_fraction_of_the_batch_takes_the_shapley_branch(tmp_path):
+    trainer = make_trainer(tmp_path, shapley_fraction=0.25, num_pairs=3)
+    shapes = []
+
+    def note(model, args, kwargs):
+        shapes.append(tuple(kwargs["coalition_ids"].shape))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert shapes == [(2, 3, 24)] * 2
+
+
+def test_every_second_step_skips_the_shapley_branch(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=2, shapley_every=2)
+    trainer.train()
+    assert len(logged(trainer, "loss_classification")) == 4
+    assert len(logged(trainer, "loss_shapley")) == 2
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(backbone, tmp_path):
+    def run(folder, **options):
+        return make_trainer(folder, make_model(backbone), num_train_epochs=4, save_strategy="steps", **options)
+
+    whole = run(tmp_path / "whole", save_steps=3)
+    whole.train()
+    resumed = run(tmp_path / "resumed", save_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    expected = whole.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        num_train_epochs=4,
+        learning_rate=0.05,
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    assert min(losses[:-1]) < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_resuming_from_another_models_checkpoint_is_refused(tmp_path):
+    make_trainer(tmp_path / "convnext", make_model("convnext"), save_strategy="steps", save_steps=1).train()
+    trainer = make_trainer(tmp_path / "vit", make_model("vit"))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "convnext" / "checkpoint-1"))
+
+
+def test_coalitions_differ_between_steps_and_seeds_but_not_between_runs(tmp_path):
+    def draws(seed):
+        trainer = make_trainer(tmp_path, seed=seed)
+        trainer.current_gradient_accumulation_steps = 1
+        found = []
+        for step in range(3):
+            trainer.state.global_step = step
+            batch = batch_of(images(8))
+            found.append(trainer._draw_coalitions(trainer.model, batch, 0))
+        return torch.stack(found)
+
+    first = draws(0)
+    assert torch.equal(first, draws(0))
+    assert not torch.equal(first, draws(1)) and not torch.equal(first[0], first[1])
+
+
+def test_evaluation_gives_plain_logits_to_compute_metrics(tmp_path):
+    trainer = make_trainer(tmp_path)
+    seen = []
+    trainer.compute_metrics = lambda p: seen.append(p.predictions) or {"accuracy": 0.5}
+    metrics = trainer.evaluate()
+    assert seen[0].shape == (6, 5) and metrics["eval_accuracy"] == 0.5
+    with torch.no_grad():
+        expected = trainer.model(batch_of(images(6))["pixel_values"]).logits
+    torch.testing.assert_close(torch.tensor(seen[0]), expected)
+
+
+def test_label_smoothing_is_that_of_cross_entropy(tmp_path):
+    trainer = make_trainer(tmp_path, label_smoothing_factor=0.2)
+    trainer.train()
+    assert logged(trainer, "loss_classification")[0] > 0
+    batch = batch_of(images(4))
+    output = trainer.model(**batch)
+    smoothed = trainer._classification_loss(output, batch["labels"])
+    torch.testing.assert_close(smoothed, F.cross_entropy(output.logits, batch["labels"], label_smoothing=0.2))
+
+
+def test_multi_label_classification_trains(tmp_path):
+    data = [{**row, "labels": F.one_hot(row["labels"], 5).float()} for row in images()]
+    model = make_model("vit", problem_type="multi_label_classification")
+    trainer = make_trainer(tmp_path, model, data)
+    trainer.train()
+    assert all(value > 0 for value in logged(trainer, "loss_coalition"))
+
+
+def test_the_stock_trainer_trains_our_model(tmp_path):
+    model = make_model("vit")
+    before = model.classifier.weight.clone()
+    args = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, num_train_epochs=1, dataloader_pin_memory=False
+    )
+    trainer = Trainer(model, args, train_dataset=images())
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert not torch.equal(before, model.classifier.weight)
+
+
+def test_arguments_parse_from_a_command_line_and_survive_json(tmp_path):
+    (args,) = HfArgumentParser(ShapleyTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--shapley_weight", "0.25", "--coalition_target", "label", "--use_cpu"]
+    )
+    assert args.shapley_weight == 0.25 and args.coalition_target == "label"
+    assert json.loads(args.to_json_string())["shapley_weight"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"shapley_weight": -1.0},
+        {"coalition_weight": float("nan")},
+        {"shapley_warmup": 1.5},
+        {"value_gradient": 2.0},
+        {"num_pairs": 0},
+        {"shapley_fraction": 0.0},
+        {"shapley_every": 0},
+        {"coalition_target": "teacher"},
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        ShapleyTrainingArguments(output_dir=str(tmp_path), **option)
+
+
+def test_other_models_arguments_and_batches_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="must be a Shapley image classifier"):
+        make_trainer(tmp_path, ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
+    with pytest.raises(TypeError, match="must be ShapleyTrainingArguments"):
+        ShapleyTrainer(make_model("vit"), TrainingArguments(str(tmp_path), use_cpu=True))
+    unlabelled = [{"pixel_values": row["pixel_values"]} for row in images()]
+    with pytest.raises(ValueError, match="`pixel_values` and `labels` in each batch"):
+        make_trainer(tmp_path, data=unlabelled).train()
