@@ -248,8 +248,8 @@ def _decode_data_url(url: str) -> bytes:
 
 def _download(url: str, timeout: float) -> bytes:
     """Fetch a picture over http(s), at most `MAX_DOWNLOAD` bytes."""
-    request = urllib.request.Request(url, headers={"User-Agent": "hf_shapley", "Accept": "image/*,*/*"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "hf_shapley", "Accept": "image/*,*/*"})
         with urllib.request.urlopen(request, timeout=timeout) as response:
             data = response.read(MAX_DOWNLOAD + 1)
     except (OSError, ValueError, HTTPException) as error:  # no answer or an error; malformed URL; broken answer

@@ -1,0 +1,385 @@
+"""The pipeline gives what the model gives, for every kind of input, and refuses the rest with a reason."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from conftest import make_model
+from datasets import Dataset
+from PIL import Image
+from transformers import ConvNextImageProcessorPil, ViTForImageClassification, ViTImageProcessorPil, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+from hf_shapley import ShapleyImageClassificationPipeline
+
+TASK = "shapley-image-classification"
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: label for label, name in enumerate(NAMES)}}
+PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 24})
+
+
+def pictures(count=3, size=(60, 40)):
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def encoded(image, **options):
+    stream = io.BytesIO()
+    image.save(stream, **{"format": "PNG", **options})
+    return stream.getvalue()
+
+
+def same(left, right):
+    """Two results of the pipeline hold the same labels and numbers."""
+    assert [entry["label"] for entry in left] == [entry["label"] for entry in right]
+    for one, other in zip(left, right, strict=True):
+        np.testing.assert_allclose(one["attributions"], other["attributions"], atol=1e-6)
+        assert one["score"] == pytest.approx(other["score"], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return make_model("vit", **LABELS)
+
+
+@pytest.fixture(scope="module")
+def classifier(vit):
+    return pipeline(TASK, model=vit, image_processor=PROCESSOR, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(classifier):
+    return classifier(pictures(), top_k=5)
+
+
+# ---- what it gives
+
+
+def test_entries_hold_what_the_model_gives(model, backbone):
+    classifier = ShapleyImageClassificationPipeline(model=model, image_processor=PROCESSOR, device="cpu")
+    image = pictures(1)[0]
+    entries = classifier(image, top_k=5)
+    pixel_values = PROCESSOR(images=image, return_tensors="pt")["pixel_values"]
+    logits = model(pixel_values).logits[0]
+    maps = model.explain(pixel_values)[0]
+    order = logits.argsort(descending=True).tolist()
+    assert [entry["label"] for entry in entries] == [f"LABEL_{label}" for label in order]
+    for entry, label in zip(entries, order, strict=True):
+        np.testing.assert_array_equal(entry["attributions"], maps[label].numpy())
+        assert entry["score"] == pytest.approx(logits.softmax(0)[label].item(), abs=1e-6)
+        assert entry["base_value"] == pytest.approx(model.classifier.bias[label].item())
+
+
+def test_base_value_and_attributions_add_up_to_the_logit(expected):
+    for entry in (entry for entries in expected for entry in entries):
+        assert entry["attributions"].shape == (4, 6)
+        assert entry["attributions"].dtype == np.float32
+        assert entry["base_value"] + entry["attributions"].sum() == pytest.approx(entry["logit"], abs=1e-5)
+
+
+def test_the_best_labels_come_first(classifier):
+    entries = classifier(pictures(1)[0], top_k=3)
+    scores = [entry["score"] for entry in entries]
+    assert len(entries) == 3
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_chosen_labels_are_all_given(classifier, expected):
+    entries = classifier(pictures(1)[0], labels=["eel", 1])
+    same(entries, [entry for entry in expected[0] if entry["label"] in ("eel", "bee")])
+    assert [entry["label"] for entry in classifier(pictures(1)[0], labels="dog")] == ["dog"]
+    assert len(classifier(pictures(1)[0], labels=["eel", 1], top_k=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "function, apply",
+    [
+        ("softmax", lambda x: np.exp(x) / np.exp(x).sum()),
+        ("sigmoid", lambda x: 1 / (1 + np.exp(-x))),
+        ("none", np.array),
+    ],
+)
+def test_scores_are_the_function_of_the_logits(classifier, function, apply):
+    entries = classifier(pictures(1)[0], function_to_apply=function)
+    logits = np.array([entry["logit"] for entry in entries])
+    np.testing.assert_allclose([entry["score"] for entry in entries], apply(logits), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "problem, total",
+    [("single_label_classification", 1.0), ("multi_label_classification", None), ("regression", None)],
+)
+def test_scores_follow_the_problem_type_as_in_the_stock_pipeline(problem, total):
+    model = make_model("vit", problem_type=problem)
+    image = pictures(1)[0]
+    ours = pipeline(TASK, model=model, image_processor=PROCESSOR, device="cpu")(image)
+    stock = pipeline("image-classification", model=model, image_processor=PROCESSOR, device="cpu")(image)
+    assert [entry["label"] for entry in ours] == [entry["label"] for entry in stock]
+    np.testing.assert_allclose([e["score"] for e in ours], [e["score"] for e in stock], atol=1e-6)
+    if total is not None:
+        assert sum(entry["score"] for entry in ours) == pytest.approx(total)
+
+
+def test_options_given_to_the_pipeline_hold_for_every_call(vit):
+    classifier = pipeline(TASK, model=vit, image_processor=PROCESSOR, device="cpu", top_k=1, function_to_apply="none")
+    (entry,) = classifier(pictures(1)[0])
+    assert entry["score"] == entry["logit"]
+    assert len(classifier(pictures(1)[0], top_k=2)) == 2
+
+
+def test_half_precision_gives_float32_attributions_that_add_up(vit):
+    classifier = pipeline(
+        TASK, model=make_model("vit").bfloat16(), image_processor=PROCESSOR, device="cpu", batch_size=2
+    )
+    for entry in (entry for entries in classifier(pictures()) for entry in entries):
+        assert entry["attributions"].dtype == np.float32
+        assert entry["base_value"] + entry["attributions"].sum() == pytest.approx(entry["logit"], abs=1e-5)
+
+
+def test_an_entry_keeps_no_other_label_in_memory(expected):
+    assert expected[0][0]["attributions"].base.untyped_storage().nbytes() == 4 * 6 * 4
+
+
+# ---- overlays
+
+
+def test_an_overlay_has_the_size_of_the_upright_picture(classifier):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned = encoded(pictures(1)[0], format="JPEG", exif=exif)
+    entries = classifier(turned, top_k=2, overlay=True)
+    assert [entry["overlay"].size for entry in entries] == [(40, 60)] * 2
+    assert "overlay" not in classifier(turned)[0]
+
+
+def test_overlays_of_one_picture_share_a_scale(classifier):
+    entries = classifier(Image.new("RGB", (60, 40), "black"), top_k=5, overlay=True)
+    strongest = [np.abs(entry["attributions"]).max() for entry in entries]
+    # The strongest patch of all takes a full colour at 0.6 of the blend; a weaker map stays whiter, so lighter.
+    darkest = [np.asarray(entry["overlay"]).max(axis=2).min() for entry in entries]
+    assert int(np.argmax(strongest)) == int(np.argmin(darkest))
+    assert len(set(darkest)) > 1
+
+
+def test_an_overlay_leaves_alone_what_a_centre_crop_hides():
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=1.0)
+    classifier = pipeline(TASK, model=make_model("convnext"), image_processor=processor, device="cpu")
+    image = pictures(1, size=(40, 16))[0]
+    overlay = np.asarray(classifier(image, top_k=1, overlay=True)[0]["overlay"])
+    np.testing.assert_array_equal(overlay[:, :12], np.asarray(image)[:, :12])
+    np.testing.assert_array_equal(overlay[:, 28:], np.asarray(image)[:, 28:])
+    assert (overlay[:, 12:28] != np.asarray(image)[:, 12:28]).any()
+
+
+# ---- many pictures
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_batch_changes_nothing(classifier, expected, batch_size):
+    for left, right in zip(
+        classifier(pictures(), top_k=5, batch_size=batch_size, overlay=True), expected, strict=True
+    ):
+        same(left, right)
+        assert left[0]["overlay"].size == (60, 40)
+
+
+def test_pictures_of_many_sizes_share_a_batch(classifier):
+    sizes = [(60, 40), (24, 16), (7, 90)]
+    entries = classifier([Image.new("RGB", size, "red") for size in sizes], batch_size=3, overlay=True)
+    assert [entry[0]["overlay"].size for entry in entries] == sizes
+
+
+def test_every_container_of_pictures_gives_the_same(classifier, expected):
+    dataset = Dataset.from_dict({"image": [{"bytes": encoded(image), "path": None} for image in pictures()]})
+    from datasets import Image as ImageFeature
+
+    decoded = dataset.cast_column("image", ImageFeature())
+    undecoded = dataset.cast_column("image", ImageFeature(decode=False))
+    containers = {
+        "tuple": tuple(pictures()),
+        "column": decoded["image"],
+        "undecoded column": undecoded["image"],
+        "KeyDataset": KeyDataset(decoded, "image"),
+        "generator": (image for image in pictures()),
+        "iterator": iter(pictures()),
+        "stream": decoded.to_iterable_dataset()["image"],
+    }
+    for name, container in containers.items():
+        results = list(classifier(container, top_k=5, batch_size=2))
+        assert len(results) == 3, name
+        for left, right in zip(results, expected, strict=True):
+            same(left, right)
+
+
+def test_sequences_give_lists_and_streams_are_lazy(classifier):
+    read = []
+
+    def stream():
+        for image in pictures():
+            read.append(1)
+            yield image
+
+    results = classifier(stream())
+    assert len(read) <= 1  # transformers looks at the first
+    next(iter(results))
+    assert len(read) <= 2
+    assert isinstance(classifier(tuple(pictures())), list)
+    assert classifier([]) == classifier(()) == []
+
+
+def test_rows_instead_of_a_column_are_refused(classifier):
+    dataset = Dataset.from_dict({"image": ["a.png"], "label": [0]})
+    with pytest.raises(TypeError, match="give the column"):
+        list(classifier(dataset))
+
+
+# ---- one picture, from anywhere
+
+
+@pytest.fixture(scope="module")
+def site():
+    """A web site with one picture, one page that is none, one that is too slow and one that breaks off."""
+    picture = encoded(pictures(1)[0])
+    release = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/slow.png":
+                release.wait(10)
+                return
+            found = {"/picture.png": picture, "/page.html": b"<html>", "/broken.png": picture}.get(self.path)
+            self.send_response(404 if found is None else 200)
+            self.send_header("Content-Length", str(len(found or b"")))
+            self.end_headers()
+            self.wfile.write((found or b"")[: 100 if self.path == "/broken.png" else None])
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("form", ["image", "path", "Path", "bytes", "bytes dict", "path dict", "data url", "url"])
+def test_every_form_of_a_picture_gives_the_same(classifier, expected, form, tmp_path, site):
+    image = pictures(1)[0]
+    path = tmp_path / "http picture.png"  # not to be taken for a URL
+    path.write_bytes(encoded(image))
+    forms = {
+        "image": image,
+        "path": str(path),
+        "Path": path,
+        "bytes": encoded(image),
+        "bytes dict": {"bytes": encoded(image), "path": "ignored.png"},
+        "path dict": {"bytes": None, "path": str(path)},
+        "data url": "data:image/png;base64," + base64.b64encode(encoded(image)).decode(),
+        "url": f"{site}/picture.png",
+    }
+    same(classifier(forms[form], top_k=5), expected[0])
+    same(classifier([forms[form]], top_k=5)[0], expected[0])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I"])
+def test_every_mode_of_picture_is_read_as_its_rgb_form(classifier, mode):
+    level = 255 * 257 if mode.startswith("I") else 255 if mode != "CMYK" else 0
+    image = Image.new(mode, (60, 40), level if mode not in ("LA", "RGBA", "CMYK") else (level,) * len(mode))
+    if mode == "P":
+        image = Image.new("RGB", (60, 40), "white").convert("P")
+    same(classifier(image), classifier(Image.new("RGB", (60, 40), "white")))
+
+
+def test_refused_pictures_say_why(classifier, tmp_path, site):
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    cases = [
+        (str(empty), OSError, "it is empty"),
+        (b"", OSError, "it is empty"),
+        (encoded(pictures(1)[0])[:200], OSError, "complete file"),
+        (b"no picture at all", OSError, "no known format"),
+        (str(tmp_path / "missing.png"), FileNotFoundError, "missing.png"),
+        (Image.new("1", (8001, 8000)), ValueError, "64000000 pixels"),
+        (Image.new("RGB", (0, 5)), ValueError, "at least one pixel"),
+        ("data:image/png;base64,!!!!", OSError, "base64 is damaged"),
+        ({"label": 3}, TypeError, "'bytes' or 'path'"),
+        (3, TypeError, "must be a picture"),
+        (f"{site}/absent.png", OSError, "404"),
+        (f"{site}/page.html", OSError, "no known format"),
+        (f"{site}/broken.png", OSError, "truncated"),
+        ("http://[", OSError, "Cannot fetch"),
+    ]
+    for source, error, message in cases:
+        with pytest.raises(error, match=message):
+            classifier(source)
+
+
+def test_a_slow_site_is_given_up(classifier, site):
+    with pytest.raises(OSError, match="timed out"):
+        classifier(f"{site}/slow.png", timeout=0.1)
+
+
+def test_a_download_has_a_limit(classifier, site, monkeypatch):
+    monkeypatch.setattr("hf_shapley.pipeline_shapley.MAX_DOWNLOAD", 100)
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        classifier(f"{site}/picture.png")
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"top_k": 0}, "`top_k` must be"),
+        ({"top_k": "all"}, "`top_k` must be"),
+        ({"labels": ["cow"]}, "got \\['cow'\\]"),
+        ({"labels": [5]}, "got \\[5\\]"),
+        ({"labels": [-1]}, "got \\[-1\\]"),
+        ({"labels": []}, "at least one"),
+        ({"function_to_apply": "tanh"}, "'tanh'"),
+    ],
+)
+def test_unknown_options_are_refused(classifier, option, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(pictures(1)[0], **option)
+
+
+def test_models_without_attributions_are_refused(vit):
+    stock = ViTForImageClassification(vit.config)
+    with pytest.raises(ValueError, match="must be a Shapley image classifier, got ViTForImageClassification"):
+        ShapleyImageClassificationPipeline(model=stock, image_processor=PROCESSOR, device="cpu")
+
+
+def test_a_missing_image_processor_is_named(vit):
+    with pytest.raises(ValueError, match="`image_processor` must be given"):
+        ShapleyImageClassificationPipeline(model=vit, device="cpu")
+
+
+# ---- folders
+
+
+def test_a_saved_folder_serves_both_pipelines_without_trust(vit, tmp_path, expected):
+    vit.save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    assert TASK in json.loads((tmp_path / "config.json").read_text())["custom_pipelines"]
+    same(pipeline(TASK, model=str(tmp_path), device="cpu")(pictures(1)[0]), expected[0])
+    stock = pipeline("image-classification", model=str(tmp_path), device="cpu")(pictures(1)[0])
+    assert [entry["label"] for entry in stock] == [entry["label"] for entry in expected[0]]
+
+
+def test_a_saved_pipeline_comes_back(vit, tmp_path, expected):
+    pipeline(TASK, model=vit, image_processor=PROCESSOR, device="cpu").save_pretrained(tmp_path)
+    same(pipeline(TASK, model=str(tmp_path), device="cpu")(pictures(1)[0]), expected[0])
+    # Saved once more: nothing of the first load may stand in the way.
+    again = tmp_path / "again"
+    pipeline(TASK, model=str(tmp_path), device="cpu").save_pretrained(again)
+    same(pipeline(TASK, model=str(again), device="cpu")(pictures(1)[0]), expected[0])
