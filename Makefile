@@ -18,8 +18,9 @@ BIN := $(VENV)/bin
 SOURCES := src tests $(wildcard examples benchmarks)
 
 # Names that Hugging Face or Python calls, not we.
-HOOKS := _compute,_forward,_info,_init_weights,_sanitize_parameters,accepts_loss_kwargs,card_data_class,$\
-	default_template_path,exception,head,keys_to_ignore_at_inference,loss_is_scaled_for_ga,remove_unused_columns
+HOOKS := _compute,_forward,_info,_init_weights,_issue_warnings_after_load,_sanitize_parameters,$\
+	accepts_loss_kwargs,card_data_class,compute_metrics,default_template_path,do_GET,exception,$\
+	head,keys_to_ignore_at_inference,log_message,loss_is_scaled_for_ga,remove_unused_columns
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
