@@ -33,7 +33,15 @@ class ShapleyConfigMixin:
     influence_gradient: float | int = 1.0
 
     # Trainer's evaluation would otherwise gather every attribution of the data set (images x players x labels).
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["attributions", "base_values", "coalition_votes", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "attributions",
+        "base_values",
+        "coalition_votes",
+        "coalition_gains",
+        "coalition_attributions",
+        "hidden_states",
+        "attentions",
+    ]
     plain_model_type: ClassVar[str]
 
     def __post_init__(self, **kwargs):

@@ -49,10 +49,19 @@ def paired_shapley_loss(
     additive = torch.stack(
         [sum_over_coalitions(coalitions, attributions), sum_over_coalitions(~coalitions, attributions)], dim=2
     )
-    of_coalition, of_complement = (gains - additive).unbind(dim=2)  # (B, R, K) each
+    return paired_residual_loss(
+        gains - additive, attributions.shape[-2], odd_weight=odd_weight, even_weight=even_weight
+    )
+
+
+def paired_residual_loss(
+    residuals: Tensor, num_players: int, *, odd_weight: float = 1.0, even_weight: float = 1.0
+) -> Tensor:
+    """[`paired_shapley_loss`] from the residuals r of each coalition and its complement, (B, R, 2, K)."""
+    of_coalition, of_complement = residuals.unbind(dim=2)  # (B, R, K) each
     odd = (of_coalition - of_complement).square().mean() / 4
     even = (of_coalition + of_complement).square().mean() / 4
-    return attributions.shape[-2] * (odd_weight * odd + even_weight * even)
+    return num_players * (odd_weight * odd + even_weight * even)
 
 
 def coalition_loss(values: Tensor, logits: Tensor, *, multi_label: bool = False) -> Tensor:
