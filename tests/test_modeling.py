@@ -369,7 +369,12 @@ def test_bad_coalition_ids_are_refused(model, pixel_values, ids, message):
 
 @pytest.mark.parametrize(
     "coalitions",
-    [torch.zeros(3, 1, PLAYERS), torch.zeros(3, 1, 5).bool(), torch.zeros(2, 1, PLAYERS).bool(), torch.zeros(24).bool()],
+    [
+        torch.zeros(3, 1, PLAYERS),
+        torch.zeros(3, 1, 5).bool(),
+        torch.zeros(2, 1, PLAYERS).bool(),
+        torch.zeros(24).bool(),
+    ],
 )
 def test_bad_coalitions_are_refused(model, pixel_values, coalitions):
     with pytest.raises(ValueError, match="`coalitions` must be"):

@@ -4,7 +4,14 @@ import pytest
 import torch
 from conftest import make_model
 from torch.nn import functional as F
-from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, coalitions_to_ids, sample_coalitions
 
@@ -269,7 +276,9 @@ def test_bad_arguments_are_refused(tmp_path, option):
 
 def test_other_models_arguments_and_batches_are_refused(tmp_path):
     with pytest.raises(TypeError, match="must be a Shapley image classifier"):
-        make_trainer(tmp_path, ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
+        make_trainer(
+            tmp_path, ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        )
     with pytest.raises(TypeError, match="must be ShapleyTrainingArguments"):
         ShapleyTrainer(make_model("vit"), TrainingArguments(str(tmp_path), use_cpu=True))
     unlabelled = [{"pixel_values": row["pixel_values"]} for row in images()]

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the request failed (bad file, model or value), 2 the comma
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -70,7 +71,8 @@ def _demo(options: argparse.Namespace) -> None:
     from .demo import DemoSettings, run_demo
 
     settings = DemoSettings(options.backbone, options.seeds, options.epochs, options.images, options.output)
-    results = run_demo(settings)
+    with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs; stdout is for the results alone.
+        results = run_demo(settings)
     print(json.dumps(results, indent=2))
     print(f"Open {Path(options.output) / 'report.html'}", file=sys.stderr)
 
@@ -93,7 +95,6 @@ def _add_explain(commands) -> None:
 
 def _explain(options: argparse.Namespace) -> None:
     import torch
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     from .images import load_image
     from .visualization import attribution_figure, processor_geometry
@@ -101,13 +102,7 @@ def _explain(options: argparse.Namespace) -> None:
     if Path(options.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         raise ValueError(f"`--output` must end in .png, .jpg, .svg or .pdf, got {options.output!r}.")
     image = load_image(options.image)
-    model = AutoModelForImageClassification.from_pretrained(options.model, dtype=torch.float32).eval()
-    if not hasattr(model, "explain"):
-        raise ValueError(
-            f"{options.model!r} is a {type(model).__name__}, which does not explain itself: train it with "
-            "ShapleyTrainer first (see docs)."
-        )
-    processor = AutoImageProcessor.from_pretrained(options.model)
+    model, processor = _load(options.model)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         logits = model(pixels).logits[0]
@@ -135,6 +130,23 @@ def _explain(options: argparse.Namespace) -> None:
     else:
         for row in answer:
             print(f"{row['label']}: score {row['score']:.4f}, logit {row['logit']:.3f}")
+
+
+def _load(name: str):
+    """A Shapley image classifier in float32 and its image processor, from a folder or the Hub."""
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval()
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"Cannot load the model {name!r}: {error}") from error
+    if not hasattr(model, "explain"):
+        raise ValueError(
+            f"{name!r} is a {type(model).__name__}, which does not explain itself: train it with ShapleyTrainer first."
+        )
+    return model, processor
 
 
 def _save_figure(figure, path: Path) -> None:

@@ -49,6 +49,8 @@ class ShapleyConfigMixin:
             # The library registers its own pipeline: a repository's copy of it, and trust in that, is not needed.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+        if not self.label2id and self.id2label:
+            self.label2id = {label: index for index, label in self.id2label.items()}
         if self.attribution_head not in ATTRIBUTION_HEADS:
             raise ValueError(f"`attribution_head` must be one of {ATTRIBUTION_HEADS}, got {self.attribution_head!r}.")
         if self.influence_block not in INFLUENCE_BLOCKS:
