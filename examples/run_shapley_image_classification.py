@@ -16,7 +16,8 @@ On several devices, or several machines, put `accelerate launch` in the place of
 about the machine once; `accelerate launch --num_processes 2 --cpu` tries it without any GPU).
 
 `--dataset` takes a Hub id, a folder with one sub-folder of pictures per label, or what `save_to_disk` wrote.
-`--resume_from_checkpoint last` continues where the run in `--output_dir` stopped. One `.json` file may hold all options.
+`--resume_from_checkpoint last` continues where the run in `--output_dir` stopped. One `.json` file may hold all of the
+options.
 Needs no torchvision: augmentation is a crop and a flip done by Pillow.
 """
 
@@ -182,8 +183,6 @@ def _read(args: DataArguments) -> DatasetDict:
     folder = Path(args.dataset)
     if (folder / "dataset_dict.json").is_file():
         return load_from_disk(folder)
-    if folder.is_dir():
-        return load_dataset("imagefolder", data_dir=str(folder))
     return load_dataset(args.dataset, args.dataset_config)
 
 
