@@ -51,6 +51,8 @@ def test_at_a_budget_for_all_coalitions_the_certificate_is_the_exact_comparison(
         certificate.shapley_variance_per_image, truth.flatten(1).var(1, correction=0), rtol=0, atol=1e-12
     )
     assert certificate.mean_squared_error == pytest.approx(errors.mean().item(), abs=1e-12)
+    variances = certificate.shapley_variance_per_image
+    assert certificate.shapley_variance == pytest.approx(variances.mean().item(), abs=1e-12)
     assert certificate.error_ratio == pytest.approx(error_ratio(attributions, truth).pooled, abs=1e-12)
     assert certificate.correlation == pytest.approx(attribution_correlation(attributions, truth).pooled, abs=1e-12)
     assert certificate.evaluations == 5 * 2**PLAYERS and certificate.images == 5

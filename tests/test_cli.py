@@ -84,7 +84,7 @@ def test_the_demo_ends_with_a_model_results_figure_and_report(tmp_path, capsys):
     assert main(["demo", "--backbone", "convnext", "--epochs", "1", "--images", "2", "-o", str(output)]) == 0
     results = json.loads((output / "results.json").read_text())
     assert results["leak"] == 0 and results["efficiency_gap"] < 1e-5
-    assert 0 < results["accuracy_joint"] < 1 and 0 < results["shapley_error_ratio"]
+    assert 0 < results["accuracy_joint"] < 1 and results["shapley_error_ratio"] > 0
     assert all(not isinstance(value, dict) for value in results.values())
     assert json.loads(capsys.readouterr().out) == results
     model = AutoModelForImageClassification.from_pretrained(output / "model")

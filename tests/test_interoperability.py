@@ -94,7 +94,7 @@ def test_an_explanation_refuses_shapes_that_do_not_match(change, message):
 
 def test_a_missing_shap_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "shap", None)
-    with pytest.raises(ImportError, match=r"hf_shapley\[shap\]"):
+    with pytest.raises(ImportError, match=r"hf_shapley\[interop\]"):
         to_shap_explanation(torch.zeros(1, 2, 2, 2), torch.zeros(2))
 
 

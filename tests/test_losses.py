@@ -9,7 +9,7 @@ PLAYERS, LABELS = 6, 3
 
 
 def random_game(seed: int = 0):
-    """Values of all coalitions of 6 players (64, 3), with v(empty) = 0, and their Shapley values from the definition."""
+    """Values of all coalitions of 6 players (64, 3), v(empty) = 0, and their Shapley values from the definition."""
     coalitions = enumerate_coalitions(PLAYERS)
     values = torch.randn(len(coalitions), LABELS, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
     values[~coalitions.any(-1)] = 0

@@ -1,7 +1,8 @@
 """From patch tokens to votes, attributions and logits; shared by every backbone.
 
 Each present patch n votes Phi_n(x_S) in R^K, already divided by the number of players N. The value of a coalition is
-v(S) = base + sum_{n in S} Phi_n(x_S); the logits are v(all), and the attributions sum to v(all) - v(empty) by construction.
+v(S) = base + sum_{n in S} Phi_n(x_S); the logits are v(all), and the attributions sum to v(all) - v(empty) by
+construction.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class ZeroLinear(nn.Linear):
 
 
 class ResidualMLP(nn.Module):
-    """x + MLP(norm(x)) on each token by itself; starts as the identity, so that a plain checkpoint keeps its meaning."""
+    """x + MLP(norm(x)) on each token by itself; starts as the identity, so a plain checkpoint keeps its meaning."""
 
     def __init__(self, hidden_size: int, hidden_act: str):
         super().__init__()
@@ -288,7 +289,7 @@ class ShapleyImageClassifierMixin:
             interpolate_pos_encoding: ViT: allow other image sizes than the config's.
 
         Returns:
-            (B, K or L, h, w) float32 on the model's device; the sum over a map is the label's logit less its base value.
+            (B, K or L, h, w) float32 on the model's device; a map's sum is its label's logit less its base value.
         """
         height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
         with _evaluating(self):
@@ -363,11 +364,11 @@ class ShapleyImageClassifierMixin:
                 f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."
             )
         # Elsewhere than on the CPU the check would make the host wait in every training step.
-        if check_values or pixel_values.device.type == "cpu":
-            if not torch.compiler.is_compiling() and not torch.isfinite(pixel_values).all():
-                raise ValueError(
-                    "`pixel_values` must be finite, got NaN or infinity: check the image and its normalisation."
-                )
+        checked = (check_values or pixel_values.device.type == "cpu") and not torch.compiler.is_compiling()
+        if checked and not torch.isfinite(pixel_values).all():
+            raise ValueError(
+                "`pixel_values` must be finite, got NaN or infinity: check the image and its normalisation."
+            )
         return self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
 
     def _label_ids(self, labels: Sequence[int | str] | Tensor, batch: int) -> Tensor:
@@ -390,7 +391,7 @@ class ShapleyImageClassifierMixin:
 
 
 def upsample_attributions(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Spread each patch's value evenly over its pixels: (..., h, w) -> (..., H, W), H and W multiples; keeps the sum."""
+    """Spread each patch's value evenly over its pixels: (..., h, w) -> (..., H, W), multiples of h and w; same sum."""
     rows, columns = size[0] // maps.shape[-2], size[1] // maps.shape[-1]
     if (maps.shape[-2] * rows, maps.shape[-1] * columns) != tuple(size) or 0 in (rows, columns):
         raise ValueError(f"`size` must be a multiple of the grid {tuple(maps.shape[-2:])}, got {tuple(size)}.")

@@ -9,7 +9,7 @@ different draws.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def attribution_error_certificate(
     device = attributions.device if device is None else device
     moments, evaluations = [], 0
     for phi, game in _matched(attributions, games, progress):
-        options = {"num_players": len(phi), "budget": budget, "batch_size": batch_size}
+        options: dict[str, Any] = {"num_players": len(phi), "budget": budget, "batch_size": batch_size}
         options |= {"generator": generator, "device": device}
         if estimator == "kernel":
             estimate = kernel_shapley(game, unbiased=True, control_variate=phi, **options)

@@ -11,7 +11,9 @@ from torch import Tensor
 def check_coalitions(coalitions: Tensor, num_players: int, name: str = "coalitions") -> None:
     """Raise unless `coalitions` is a bool tensor (..., num_players)."""
     if not isinstance(coalitions, Tensor):
-        raise TypeError(f"`{name}` must be a bool tensor ending in {num_players} players, got {type(coalitions).__name__}.")
+        raise TypeError(
+            f"`{name}` must be a bool tensor ending in {num_players} players, got {type(coalitions).__name__}."
+        )
     if coalitions.dtype != torch.bool or coalitions.ndim == 0 or coalitions.shape[-1] != num_players:
         raise ValueError(
             f"`{name}` must be a bool tensor ending in {num_players} players (True = present), "

@@ -17,7 +17,7 @@ class ShapleyConfigMixin:
     Args:
         attribution_head: "votes" (attributions are the patches' votes) or "votes+influence" (votes plus a learned term
             that sums to zero over the players, so that attributions can differ from votes while their sum cannot).
-        vote_layers: depth of the residual MLP before the classifier; 0 applies the stock classifier to each patch token.
+        vote_layers: depth of the residual MLP before the classifier; 0 applies the stock classifier to patch tokens.
         influence_layers: blocks of the influence head, at least 1; used with "votes+influence" only.
         influence_block: "mlp" (each token by itself) or "backbone" (ViT or ConvNeXt layers, which mix tokens).
         vote_gradient: share of the gradient of the attributions that reaches the votes while training, 0 to 1;
@@ -68,7 +68,7 @@ class ShapleyConfigMixin:
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read a config, taking plain checkpoints of the same backbone as our own and refusing any other architecture."""
+        """Read a config, taking plain checkpoints of the same backbone as our own and refusing other architectures."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = config_dict.get("model_type")
         if found is not None and found not in (cls.model_type, cls.plain_model_type):
@@ -82,14 +82,14 @@ class ShapleyConfigMixin:
 
 
 class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
-    """Configuration of [`ShapleyViTForImageClassification`]: `ViTConfig` plus [`ShapleyConfigMixin`]'s options."""
+    """Configuration of [`ShapleyViTForImageClassification`]: `ViTConfig` plus `ShapleyConfigMixin`."""
 
     model_type = "shapley-vit"
     plain_model_type = "vit"
 
 
 class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
-    """Configuration of [`ShapleyConvNextForImageClassification`]: `ConvNextConfig` plus [`ShapleyConfigMixin`]'s options."""
+    """Configuration of [`ShapleyConvNextForImageClassification`]: `ConvNextConfig` plus `ShapleyConfigMixin`."""
 
     model_type = "shapley-convnext"
     plain_model_type = "convnext"

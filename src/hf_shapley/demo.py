@@ -63,7 +63,7 @@ TRAINING = dict(
     warmup_steps=0.1,
 )
 SHAPLEY_TRAINING = {"vit": dict(shapley_weight=1.5), "convnext": dict(shapley_weight=3.0)}
-SHAPLEY_CONFIG = {"vit": {}, "convnext": {}}
+SHAPLEY_CONFIG: dict[str, dict] = {"vit": {}, "convnext": {}}
 
 
 @dataclass

@@ -8,6 +8,7 @@ Games are called without gradients; sums are taken in float64 whatever the dtype
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,9 +101,9 @@ def _covers_every_coalition(budget: int, num_players: int) -> bool:
     return num_players <= MAX_ENUMERATED_PLAYERS and budget >= 2**num_players
 
 
-def _exact_estimate(game: Game, **options) -> ShapleyEstimate:
-    values = exact_shapley(game, **options)
-    return ShapleyEstimate(values, torch.zeros_like(values), 2 ** options["num_players"])
+def _exact_estimate(game: Game, *, num_players: int, **options: Any) -> ShapleyEstimate:
+    values = exact_shapley(game, num_players=num_players, **options)
+    return ShapleyEstimate(values, torch.zeros_like(values), 2**num_players)
 
 
 def _with_complements(coalitions: Tensor) -> Tensor:
@@ -147,13 +148,13 @@ def exact_shapley(
     bits = torch.arange(num_players, device=device)
     codes = torch.arange(2 ** (num_players - 1), device=device)  # the last player is absent, present in the complement
     with _CheckedGame(game, batch_size, 2**num_players, progress) as checked:
-        attributions = 0.0
+        attributions = torch.zeros((), dtype=torch.float64)
         for chunk in codes.split(checked.batch_size // 2):
             coalitions = (chunk.unsqueeze(-1) >> bits) & 1 == 1  # (pairs, players)
             values = checked(_with_complements(coalitions))
             odd = values[0::2].double() - values[1::2].double()  # (pairs, labels)
             weights = _exact_weights(coalitions.to(values.device))
-            attributions = attributions + weights.T @ odd
+            attributions = attributions + weights.T @ odd  # (players, labels)
     return attributions.to(_result_dtype(values))
 
 
@@ -174,7 +175,8 @@ class _RunningMean:
     """Mean of independent draws and its standard error, draws arriving in batches (Chan, Golub and LeVeque, 1983)."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.count = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)  # until draws come, with their shape
 
     def add(self, draws: Tensor) -> None:
         """Take in float64 draws (D, ...)."""

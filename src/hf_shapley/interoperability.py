@@ -43,7 +43,7 @@ def to_shap_explanation(
         from shap import Explanation
     except ImportError as error:
         raise ImportError(
-            "`to_shap_explanation` needs shap: install it with `pip install hf_shapley[shap]`."
+            "`to_shap_explanation` needs shap: install it with `pip install hf_shapley[interop]`."
         ) from error
     if maps.ndim != 4:
         raise ValueError(
@@ -210,7 +210,7 @@ def add_attributions(
 
 def _explain(
     model: PreTrainedModel, processor: BaseImageProcessor, images: list, label_ids: Tensor | None
-) -> tuple[list, list, list, list]:
+) -> list[list]:
     """Maps (B, h, w), label ids, base values and logits (B) of one label per image, as lists."""
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     maps = model.explain(pixel_values)  # (B, K, h, w)
@@ -219,7 +219,7 @@ def _explain(
     chosen = logits.argmax(dim=1) if label_ids is None else label_ids.to(logits.device)  # (B)
     rows = torch.arange(len(maps), device=maps.device)
     columns = maps[rows, chosen], chosen, base_values[chosen], logits[rows, chosen]
-    return tuple(column.tolist() for column in columns)
+    return [column.tolist() for column in columns]
 
 
 def _label_id(model: PreTrainedModel, label: int | str) -> int:

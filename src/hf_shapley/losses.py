@@ -1,6 +1,9 @@
 """The terms of the joint loss: tensors in, tensors out.
 
-L = CE(f(x), y) + coalition_weight * mean_c CE(v(S_c), p) + shapley_weight * N * mean_c mean_k (v(S_c) - base - sum_{S_c} phi)^2
+Together, as `ShapleyTrainer` adds them up:
+
+    L = CE(f(x), y) + coalition_weight * mean_c CE(v(S_c), p)
+        + shapley_weight * N * mean_c mean_k (v(S_c) - base - sum_{S_c} phi)^2
 """
 
 import torch
@@ -32,9 +35,9 @@ def paired_shapley_loss(
 ) -> Tensor:
     """[`shapley_loss`] over coalitions and their complements, its odd and even part weighted apart.
 
-    With residuals r(S) = v(S) - v(empty) - sum_S phi, the odd part (r(S) - r(~S)) / 2 is what Shapley values depend on.
-    The even part (r(S) + r(~S)) / 2 does not depend on how phi is split among players, only on its sum: it measures
-    interactions. Both weights at 1 give `shapley_loss` over all coalitions.
+    With residuals r(S) = v(S) - v(empty) - sum_S phi, the odd part (r(S) - r(~S)) / 2 is what Shapley values depend
+    on. The even part (r(S) + r(~S)) / 2 does not depend on how phi is split among players, only on its sum: it
+    measures interactions. Both weights at 1 give `shapley_loss` over all coalitions.
 
     Args:
         attributions: phi, (B, N, K).

@@ -782,12 +782,12 @@ def make_mosaics(
             f"A mosaic of {rows} x {columns} cells needs as many distinct labels, got {len(members)}: "
             f"give more labels or a smaller grid (and `num_mosaics` of at least 1, got {num_mosaics})."
         )
-    picks = []
+    drawn = []
     for _ in range(num_mosaics):
         for which in torch.randperm(len(members), generator=generator)[: rows * columns].tolist():
             pick = torch.randint(len(members[which]), (1,), generator=generator).item()
-            picks.append(members[which][pick])
-    picks = torch.stack(picks).view(num_mosaics, rows, columns)
+            drawn.append(members[which][pick])
+    picks = torch.stack(drawn).view(num_mosaics, rows, columns)
     mosaics = images[picks].permute(0, 3, 1, 4, 2, 5)  # (mosaics, channels, rows, height, columns, width)
     return mosaics.flatten(4, 5).flatten(2, 3), labels[picks].flatten(1)
 

@@ -6,7 +6,6 @@ work per position, so the depthwise convolution is the only operation that mixes
 
 from math import prod
 
-import torch
 from torch import Tensor, nn
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextModel, ConvNextPreTrainedModel
 

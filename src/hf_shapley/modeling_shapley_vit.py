@@ -1,10 +1,9 @@
 """A ViT whose prediction is, exactly, a base value plus the Shapley values of its patches."""
 
+import torch
 from torch import Tensor, cat, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.vit.modeling_vit import ViTLayer, ViTModel, ViTPreTrainedModel
-
-import torch
 
 from .attribution_head import AttributionHead, ShapleyImageClassifierMixin, check_grid
 from .configuration_shapley import ShapleyViTConfig
@@ -23,7 +22,8 @@ class InfluenceViTLayer(ViTLayer):
 class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTrainedModel):
     """ViT image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
 
-    Loads its own checkpoints and plain ViT ones: the stock `classifier` becomes the vote head, its bias the base values.
+    Loads its own checkpoints and plain ViT ones: the stock `classifier` becomes the vote head, its bias the base
+    values.
     """
 
     config_class = ShapleyViTConfig
@@ -66,7 +66,7 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         return self._encode(embeddings, None)[:, 1:]
 
     def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, num_coalitions: int) -> Tensor:
-        """Each player sees its own coalition and that coalition's CLS: (B, 1 + N, D), ids (B', R, N) -> (B', R, N, D)."""
+        """Each player sees its own coalition and its CLS only: (B, 1 + N, D), ids (B', R, N) -> (B', R, N, D)."""
         if self.config._attn_implementation not in MASKING_BACKENDS:
             raise ValueError(
                 f"Attention implementation {self.config._attn_implementation!r} cannot hide players from each other: "
