@@ -1,0 +1,281 @@
+"""Which joint recipe keeps accuracy and finds Shapley values: one change at a time, on CIFAR-10.
+
+A plain classifier is trained first (the usual case), then fine-tuned with each recipe for the same number of epochs,
+one of them "plain" as the control. Measured on the test split: accuracy, attribution error and correlation with their
+certificate, interaction share, insertion and deletion. Each run writes its own result file as soon as it ends, and a
+run whose file is there is not repeated.
+
+    python benchmarks/recipe_study.py --data path/to/cifar10 --backbone vit --recipes plain,votes,influence
+
+The data is any folder that `datasets.load_dataset` reads, with columns `image` (32 x 32) and `label`.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from common import write_result
+from datasets import load_dataset
+from torch import Tensor
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from hf_shapley import (
+    ShapleyConvNextForImageClassification,
+    ShapleyTrainer,
+    ShapleyTrainingArguments,
+    ShapleyViTForImageClassification,
+)
+from hf_shapley.certificate import attribution_error_certificate
+from hf_shapley.metrics import insertion_deletion, interaction_share
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+# Patches of 4 x 4 pixels: 64 players.
+PLAIN = {
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig,
+        dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256),
+    ),
+    "convnext": (
+        ConvNextForImageClassification,
+        ConvNextConfig,
+        dict(hidden_sizes=[96], depths=[6], num_stages=1, layer_scale_init_value=1.0),
+    ),
+}
+SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}
+
+
+@dataclass
+class Recipe:
+    """Arguments of the trainer and options of the configuration; everything else is shared."""
+
+    training: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+
+
+def _influence(**options) -> dict:
+    return {"attribution_head": "votes+influence", "influence_block": "backbone", **options}
+
+
+BASE = dict(coalition_weight=0.3, shapley_weight=1.0, shapley_warmup=0.5)
+RECIPES = {
+    "plain": None,
+    "votes": Recipe(BASE),
+    "votes, weight 1/4": Recipe(BASE | dict(shapley_weight=0.25)),
+    "votes, no warm-up": Recipe(BASE | dict(shapley_warmup=0.0)),
+    "votes, odd part": Recipe(BASE | dict(even_weight=0.0)),
+    "votes, detached values": Recipe(BASE | dict(value_gradient=0.0)),
+    "votes, two layers": Recipe(BASE, dict(vote_layers=2)),
+    "votes, label target": Recipe(BASE | dict(coalition_target="label")),
+    "votes, two pairs": Recipe(BASE | dict(num_pairs=2)),
+    "votes, half of the batch": Recipe(BASE | dict(shapley_fraction=0.5)),
+    "influence, detached": Recipe(BASE | dict(value_gradient=0.0), _influence()),
+    "influence, mlp, detached": Recipe(BASE | dict(value_gradient=0.0), _influence(influence_block="mlp")),
+    "influence, detached, tokens too": Recipe(BASE | dict(value_gradient=0.0), _influence(influence_gradient=0.0)),
+    "influence, values 0.1": Recipe(BASE | dict(value_gradient=0.1), _influence()),
+    "influence, values 0.3": Recipe(BASE | dict(value_gradient=0.3), _influence()),
+    "influence, values 0.3, odd part": Recipe(BASE | dict(value_gradient=0.3, even_weight=0.0), _influence()),
+    "influence, votes 0.3, values 0.3": Recipe(BASE | dict(value_gradient=0.3), _influence(vote_gradient=0.3)),
+    "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
+}
+
+
+class Images(torch.utils.data.Dataset):
+    """Images kept as bytes in memory; a batch is augmented (shift up to 4 pixels, flip) and normalised at once."""
+
+    def __init__(self, split, count: int | None):
+        split = split if count is None else split.select(range(min(count, len(split))))
+        self.pixels = torch.stack([_to_bytes(image) for image in split["image"]])
+        self.labels = torch.tensor(split["label"])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: list[int]) -> dict[str, Tensor]:
+        pixels = torch.nn.functional.pad(self.pixels[indices], (4, 4, 4, 4))
+        rows, columns = (torch.randint(0, 9, (len(indices), 1)) + torch.arange(32) for _ in range(2))
+        batch = torch.arange(len(indices)).view(-1, 1, 1)
+        pixels = pixels[batch, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+        flipped = torch.rand(len(indices)) < 0.5
+        pixels[flipped] = pixels[flipped].flip(-1)
+        return {"pixel_values": normalise(pixels), "labels": self.labels[indices]}
+
+
+def _to_bytes(image) -> Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Bytes (B, 3, H, W) to floats of zero mean and unit variance."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels.float() / 255 - mean) / std
+
+
+class Averaging(TrainerCallback):
+    """Exponential moving average of the weights, taken over by the model when training ends."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.shadow: dict[str, Tensor] = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        for name, tensor in model.state_dict().items():
+            shadow = self.shadow.setdefault(name, tensor.detach().clone())
+            shadow.lerp_(tensor, 1 - decay)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        model.load_state_dict(self.shadow)
+
+
+def train(model: PreTrainedModel, images: Images, folder: Path, options, recipe: Recipe | None, epochs: float):
+    """Train, resuming from the last checkpoint in `folder` where there is one."""
+    make_trainer, make_args, extra = (
+        (Trainer, TrainingArguments, {})
+        if recipe is None
+        else (ShapleyTrainer, ShapleyTrainingArguments, recipe.training)
+    )
+    args = make_args(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=0.05,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        seed=options.seed,
+        bf16=options.bf16,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=50,
+        report_to=[],
+        disable_tqdm=not options.progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        **extra,
+    )
+    callbacks = [Averaging(options.average)] if options.average else None
+    trainer = make_trainer(model, args, train_dataset=images, data_collator=images.collate, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    return model.eval(), trainer.state.log_history[-1]["train_runtime"]
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, test: Images, options) -> dict:
+    """Accuracy on the whole test split; faithfulness on its first images."""
+    device = model.device
+    pixels = normalise(test.pixels)
+    logits = torch.cat([model(batch.to(device)).logits.float().cpu() for batch in pixels.split(500)])
+    results = {"accuracy": (logits.argmax(-1) == test.labels).double().mean().item(), "test_images": len(test)}
+    if not hasattr(model, "coalition_values"):
+        return results
+    chosen = pixels[: options.images].to(device)
+    attributions = torch.cat([model(batch).attributions for batch in chosen.split(100)])
+    generator = torch.Generator(device).manual_seed(0)
+
+    def game_of(image: Tensor):
+        return lambda coalitions: model.coalition_values(image[None], coalitions[None])[0]
+
+    certificate = attribution_error_certificate(
+        map(game_of, chosen), attributions, budget=options.budget, generator=generator, device=device
+    )
+    few = chosen[:100]
+
+    def game(coalitions: Tensor) -> Tensor:
+        return model.coalition_values(few, coalitions)
+
+    curves = insertion_deletion(game, attributions[:100])
+    share = interaction_share(game, attributions[:100], num_samples=256, generator=generator)
+    return results | {
+        "certificate": {name: _plain(value) for name, value in vars(certificate).items()},
+        "insertion": curves.insertion_auc.mean().item(),
+        "deletion": curves.deletion_auc.mean().item(),
+        "interaction_share": share.mean().item(),
+    }
+
+
+def _plain(value):
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def run(name: str, options, train_images: Images, test_images: Images) -> None:
+    """Pre-train if needed, fine-tune with one recipe, measure, write."""
+    slug = name.replace(", ", "-").replace(" ", "_").replace("/", "_")
+    result = options.results / f"{options.backbone}-{slug}-seed{options.seed}.json"
+    if result.exists():
+        return
+    work = options.output / f"{options.backbone}-seed{options.seed}"
+    plain_class, plain_config, shape = PLAIN[options.backbone]
+    start = work / "start"
+    if not (start / "config.json").exists():
+        set_seed(options.seed)
+        model = plain_class(plain_config(**shape, image_size=32, patch_size=4, num_labels=10))
+        if options.pretrain:
+            model, _ = train(model, train_images, work / "pretraining", options, None, options.pretrain)
+        model.save_pretrained(start)
+    recipe = RECIPES[name]
+    set_seed(options.seed)
+    model = (
+        plain_class.from_pretrained(start)
+        if recipe is None
+        else SHAPLEY[options.backbone].from_pretrained(start, **recipe.config)
+    )
+    model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs)
+    measured = measure(model, test_images, options)
+    settings = {
+        key: value for key, value in vars(options).items() if key not in ("data", "output", "results", "recipes")
+    }
+    details = {} if recipe is None else {"training": recipe.training, "config": recipe.config}
+    write_result(result, {"recipe": name, **details, **measured, "training_seconds": seconds, "settings": settings})
+    print(json.dumps({"recipe": name, **{k: v for k, v in measured.items() if k != "certificate"}}), flush=True)
+
+
+def main() -> None:
+    """Run the recipes asked for, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder of CIFAR-10 for datasets.load_dataset")
+    parser.add_argument("--backbone", choices=list(PLAIN), default="vit")
+    parser.add_argument("--recipes", default=";".join(RECIPES), help="names separated by semicolons; default all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pretrain", type=float, default=10, help="plain epochs before; 0 = from scratch")
+    parser.add_argument("--epochs", type=float, default=10, help="epochs of every recipe, the plain one included")
+    parser.add_argument("--train-images", type=int, help="use the first so many; default all")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--average", type=float, default=0.0, help="decay of a moving average of the weights")
+    parser.add_argument("--images", type=int, default=64, help="test images for the certificate")
+    parser.add_argument("--budget", type=int, default=4096, help="evaluations per image for the certificate")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--progress", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("outputs/recipe_study"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/recipe_study"))
+    options = parser.parse_args()
+    unknown = set(options.recipes.split(";")) - set(RECIPES)
+    if unknown:
+        raise SystemExit(f"Unknown recipes {sorted(unknown)}: choose from {list(RECIPES)}.")
+    data = load_dataset(options.data)
+    train_images, test_images = Images(data["train"], options.train_images), Images(data["test"], None)
+    for name in options.recipes.split(";"):
+        run(name, options, train_images, test_images)
+
+
+if __name__ == "__main__":
+    main()
