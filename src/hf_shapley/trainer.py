@@ -1,13 +1,16 @@
 """Trainer that learns classification and Shapley values jointly."""
 
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from .attribution_head import ShapleyImageClassifierOutput, scale_gradient
+from .checkpoints import complete_checkpoint, marked_incomplete
 from .coalitions import coalitions_to_ids, sample_coalitions
 from .losses import coalition_label_loss, coalition_loss, paired_residual_loss
 
@@ -148,6 +151,31 @@ class ShapleyTrainer(Trainer):
             self._term_sums.clear()
             self._term_counts.clear()
         super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train as `Trainer` does, going on only from a checkpoint that was written to its end.
+
+        Args:
+            resume_from_checkpoint: path of a checkpoint; True = the newest complete one in `args.output_dir`.
+            *args: passed on.
+            **kwargs: passed on.
+
+        Returns:
+            What `Trainer.train` returns.
+
+        Raises:
+            ValueError: no complete checkpoint there.
+        """
+        if resume_from_checkpoint and not self.is_deepspeed_enabled:  # which keeps its optimizer in a form of its own
+            resume_from_checkpoint = complete_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with marked_incomplete(checkpoint) if self.args.should_save else nullcontext():
+            self.accelerator.wait_for_everyone()  # no process overwrites an older one before it is marked
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Refuse a checkpoint that does not hold this model's weights, where the stock Trainer only warns."""

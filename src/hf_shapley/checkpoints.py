@@ -1,0 +1,74 @@
+"""Checkpoints of interrupted runs: which are whole, and which is the newest of those."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What `Trainer` needs to go on as if nothing had happened; it starts anew, silently, whatever it does not find.
+PARTS = ("trainer_state.json", "optimizer*", "scheduler.pt", "rng_state*.pth")
+
+
+def _mark(checkpoint: str | os.PathLike) -> Path:
+    # Beside the folder, where no upload takes it along.
+    return Path(f"{os.path.normpath(checkpoint)}.incomplete")
+
+
+@contextmanager
+def marked_incomplete(checkpoint: str | os.PathLike) -> Iterator[None]:
+    """Mark a checkpoint as incomplete until the block has ended well: a killed process leaves the mark."""
+    mark = _mark(checkpoint)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    yield
+    mark.unlink(missing_ok=True)
+
+
+def complete_checkpoint(chosen: str | os.PathLike | bool, output_dir: str | os.PathLike) -> str:
+    """The checkpoint to go on from.
+
+    Args:
+        chosen: path of a checkpoint; True = the newest complete one of the run.
+        output_dir: the run's folder.
+
+    Returns:
+        Path of a checkpoint that was written to its end.
+
+    Raises:
+        ValueError: there is none, or the chosen one was cut off while it was written or deleted.
+    """
+    newest = last_complete_checkpoint(output_dir)
+    if chosen is True:
+        if newest is None:
+            raise ValueError(
+                f"`resume_from_checkpoint`: no complete checkpoint in {str(output_dir)!r}: train without it."
+            )
+        return newest
+    if missing := _missing_parts(chosen):
+        raise ValueError(
+            f"`resume_from_checkpoint`: {str(chosen)!r} lacks {', '.join(missing)}: it was cut off while it was "
+            "written or deleted, or saved with `save_only_model`. "
+            + (f"Resume from {newest!r}." if newest else "Train without it.")
+        )
+    return os.fspath(chosen)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """Newest checkpoint in a run's folder from which training can go on, passing over those cut off while written.
+
+    Args:
+        output_dir: the run's `output_dir`; it need not exist.
+
+    Returns:
+        Path of `checkpoint-N`, or None where there is none.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    complete = [path for path in folders if path.is_dir() and not _missing_parts(path)]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _missing_parts(checkpoint: str | os.PathLike) -> list[str]:
+    """What keeps training from going on from a checkpoint's folder; empty when nothing does."""
+    missing = [part for part in PARTS if not any(Path(checkpoint).glob(part))]
+    return [*missing, "the end of its writing"] if _mark(checkpoint).exists() else missing
