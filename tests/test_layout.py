@@ -23,6 +23,7 @@ LAYERS = {
         "model_card",
         "interoperability",
         "hub",
+        "training_card",
         "explain_dataset",
         "digits",
     ],

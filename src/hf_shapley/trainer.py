@@ -1,5 +1,6 @@
 """Trainer that learns classification and Shapley values jointly."""
 
+import shutil
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -8,11 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .attribution_head import ShapleyImageClassifierOutput, scale_gradient
 from .checkpoints import complete_checkpoint, marked_incomplete
 from .coalitions import coalitions_to_ids, sample_coalitions
+from .hub import keep_card_of_hub
 from .losses import coalition_label_loss, coalition_loss, paired_residual_loss
+from .model_card import write_model_card
+from .training_card import render_training_card
 
 COALITION_TARGETS = ("prediction", "label")
 
@@ -176,6 +181,86 @@ class ShapleyTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # no process overwrites an older one before it is marked
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and, where this is not one of the checkpoints on the way, its card."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card(output_dir=output_dir)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        *,
+        output_dir: str | None = None,
+    ) -> None:
+        """Write a card with the data set, the last evaluation and the recipe; a card that somebody wrote is kept.
+
+        Args:
+            language: of the labels, as the Hub writes it.
+            license: as the Hub writes it.
+            tags: further tags.
+            model_name: title; defaults to the repository's or the folder's name.
+            finetuned_from: Hub id of the model that training started from; defaults to what the model remembers.
+            tasks: further tags.
+            dataset_tags: the data set's id on the Hub.
+            dataset: the data set's name; defaults to what the data set remembers.
+            dataset_args: the data set's configuration.
+            output_dir: folder of the README.md; defaults to `args.output_dir`.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        model_id = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
+        card = render_training_card(
+            self,
+            model_id=model_id,
+            model_name=model_name or model_id.split("/")[-1],
+            base_model=finetuned_from,
+            dataset={"name": dataset, "id": dataset_tags, "config": dataset_args},
+            tags=[tags, tasks],
+            license=license,
+            language=language,
+        )
+        write_model_card(folder / "README.md", card)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Upload model, code, image processor and card as `Trainer` does, keeping a card that somebody wrote there."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._keep_card_of_hub(token, revision)
+        return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self._keep_card_of_hub()
+            # The stock Trainer copies weights and configuration only, but the configuration names the code.
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _keep_card_of_hub(self, token: str | None = None, revision: str | None = None) -> None:
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            revision = revision or self.args.hub_revision
+            keep_card_of_hub(self.hub_model_id, folder, token=token or self.args.hub_token, revision=revision)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Refuse a checkpoint that does not hold this model's weights, where the stock Trainer only warns."""

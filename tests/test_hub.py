@@ -1,0 +1,256 @@
+"""Models travel over the Hub and back: real clients, real HTTP, every client in a process with a cache of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_clients import GENERATED, USERS_CARD
+from hub_server import TOKEN, Hub
+from huggingface_hub import ModelCard
+
+CLIENTS = Path(__file__).with_name("hub_clients.py")
+NOWHERE = "http://127.0.0.1:9"  # the discard port
+CODE = {
+    "attribution_head.py",
+    "coalitions.py",
+    "configuration_shapley.py",
+    "images.py",
+    "pipeline_shapley.py",
+    "visualization.py",
+}
+
+
+def start(role: str, folder: Path, address: str, token: str = TOKEN) -> subprocess.Popen:
+    """Run one of hub_clients.py's roles with a fresh Hugging Face home."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTEST_"))}
+    environment = {
+        **inherited,
+        "HF_HOME": str(folder / f"home of {role}"),
+        "HF_ENDPOINT": address,
+        "HF_TOKEN": token,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(CLIENTS.parent),
+    }
+    with open(folder / f"{role}.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, str(CLIENTS), role, str(folder)],
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def results(processes: dict[str, subprocess.Popen], folder: Path) -> dict[str, dict]:
+    """Wait for all of the processes, and read what they found."""
+    try:
+        codes = {role: process.wait(timeout=120) for role, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    for role, code in codes.items():
+        assert code == 0, (folder / f"{role}.log").read_text()[-3000:]
+    return {role: json.loads((folder / f"{role}.json").read_text()) for role in processes}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def first_clients(hub, folder):
+    """One that pushes, and beside it one that looks for a Hub where nobody listens."""
+    processes = {"push": start("push", folder, hub.address), "find_no_hub": start("find_no_hub", folder, NOWHERE)}
+    return results(processes, folder)
+
+
+@pytest.fixture(scope="module")
+def pushed(first_clients):
+    return first_clients["push"]
+
+
+@pytest.fixture(scope="module")
+def loaded(pushed, hub, folder):
+    """What both kinds of reader saw, run side by side; neither has a token of its own."""
+    roles = ("load_with_library", "load_without_library")
+    return results({role: start(role, folder, hub.address, token="") for role in roles}, folder)
+
+
+@pytest.fixture(scope="module")
+def with_library(loaded):
+    return loaded["load_with_library"]
+
+
+@pytest.fixture(scope="module")
+def without_library(loaded):
+    return loaded["load_without_library"]
+
+
+# ---- what is published
+
+
+@pytest.mark.parametrize(
+    "name, revision", [("vit", "main"), ("vit", "second"), ("secret", "main"), ("trained", "main")]
+)
+def test_a_push_publishes_all_that_loading_needs(pushed, hub, name, revision):
+    files = hub.files(name, revision)
+    needed = {"config.json", "preprocessor_config.json", "model.safetensors", "README.md", "modeling_shapley_vit.py"}
+    assert needed | CODE <= files.keys()
+    assert files["model.safetensors"].sha256  # by the path of large files
+
+
+def test_a_push_is_one_commit(pushed, hub):
+    repository = hub.repositories["tester/secret"]
+    assert len(repository.commits) == 2  # the empty one, and ours
+    assert repository.private
+
+
+def test_nothing_of_this_machine_is_published(pushed, hub, folder):
+    for name in ("vit", "secret"):
+        for path, file in hub.files(name).items():
+            assert str(folder).encode() not in file.content, path
+            assert str(Path.home()).encode() + b"/" not in file.content, path
+
+
+def test_a_pushed_model_has_a_card(pushed, hub):
+    card = ModelCard(hub.files("vit")["README.md"].content.decode())
+    assert GENERATED in card.text
+    assert card.data.pipeline_tag == "image-classification"
+    assert "hf_shapley" in card.data.tags
+    assert "cat, dog" in card.text
+    assert "tester/vit" in card.text
+
+
+# ---- the trainer
+
+
+def card_of_the_trainer(hub):
+    """Its card before somebody wrote another one."""
+    cards = (files.get("README.md") for files in hub.repositories["tester/trained"].commits.values())
+    return ModelCard([card.content.decode() for card in cards if card and GENERATED in card.content.decode()][-1])
+
+
+def test_the_trainer_publishes_its_results_and_recipe(pushed, hub):
+    card = card_of_the_trainer(hub)
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["accuracy"] == 0.25
+    assert card.data.eval_results[0].dataset_name == "Noise"
+    assert card.data.license == "mit"
+    assert {"test", "hf_shapley"} <= set(card.data.tags)
+    assert "shapley warmup: 0.5" in card.text
+    assert "steps: 2" in card.text
+
+
+def test_the_trainer_keeps_a_card_that_somebody_wrote_on_the_hub(pushed, hub):
+    assert hub.files("trained")["README.md"].content.decode() == USERS_CARD
+
+
+def test_every_checkpoint_on_the_way_can_be_loaded(pushed, hub):
+    for files in hub.repositories["tester/trained"].commits.values():
+        if "model.safetensors" in files:
+            assert CODE | {"config.json", "preprocessor_config.json"} <= files.keys()
+
+
+# ---- reading with the library
+
+
+def test_weights_come_back_equal(with_library):
+    assert with_library["same"] == dict.fromkeys(("vit", "vit-2", "convnext", "trained"), True)
+
+
+def test_the_library_needs_no_trust_and_uses_its_own_code(with_library):
+    assert with_library["classes"] == ["hf_shapley.modeling_shapley_vit", "hf_shapley.modeling_shapley_convnext"]
+    assert {label for label, _, _ in with_library["entries"]} == {"cat", "dog"}
+    assert with_library["entries"][0][1:] == [[4, 6], [60, 40]]
+
+
+def test_the_stock_pipeline_takes_our_models(with_library):
+    assert sorted(with_library["stock"]) == ["cat", "dog"]
+    assert with_library["task from the card"] == "ImageClassificationPipeline"
+
+
+# ---- reading without the library
+
+
+def test_trusted_code_needs_no_library(pushed, without_library):
+    assert without_library["classes"] == ["transformers_modules"] * 2
+    for name in ("vit", "vit-2", "convnext"):
+        assert without_library["logits"][name] == pytest.approx(pushed["logits"][name], abs=1e-6)
+    assert without_library["trained logits"] == pytest.approx(pushed["trained logits"], abs=1e-6)
+
+
+def test_a_revision_is_another_model(pushed):
+    assert pushed["logits"]["vit"] != pytest.approx(pushed["logits"]["vit-2"], abs=1e-3)
+
+
+def test_the_trusted_pipeline_explains_and_can_be_saved_again(with_library, without_library):
+    assert without_library["entries"] == with_library["entries"]
+    assert without_library["saved again"]
+
+
+def test_code_is_not_run_without_trust(without_library):
+    assert "trust_remote_code=True" in without_library["no trust"]
+
+
+# ---- refusals
+
+
+def test_a_private_repository_needs_the_token(pushed, without_library):
+    assert without_library["logits"]["secret"] == pytest.approx(pushed["logits"]["vit-2"], abs=1e-6)
+    assert "OSError" in without_library["no token"]
+    assert "private repo" in without_library["no token"]
+    assert "OSError" in without_library["wrong token"] or "401" in without_library["wrong token"]
+
+
+def test_what_does_not_exist_is_named(without_library):
+    assert "third" in without_library["no such revision"]
+    assert "tester/nothing" in without_library["no such repository"]
+
+
+def test_a_wrong_token_publishes_nothing(pushed, hub):
+    assert "401" in pushed["wrong token"]
+    assert "401" in pushed["wrong token for a new repository"]
+    assert "tester/new" not in hub.repositories
+    assert len(hub.repositories["tester/vit"].commits) == 3  # the empty one, main and the branch
+
+
+def test_only_shapley_models_are_published(pushed):
+    assert "must be a Shapley image classifier, got Linear" in pushed["no Shapley model"]
+
+
+def test_an_interrupted_upload_leaves_the_repository_as_it_was(loaded, hub, folder):
+    before, stored = hub.files("vit"), len(hub.large)
+    hub.uploads.open.clear()
+    process = start("push_and_be_killed", folder, hub.address)
+    try:
+        assert hub.uploads.reached.wait(60), "the upload never came"
+    finally:
+        process.kill()
+        process.wait()
+        hub.uploads.open.set()
+    assert len(hub.large) <= stored + 1  # the large file may have arrived: no commit points at it
+    assert hub.files("vit") == before
+    assert len(hub.repositories["tester/vit"].commits) == 3
+
+
+def test_a_hub_that_cannot_be_reached_is_named(first_clients):
+    errors = first_clients["find_no_hub"]
+    assert errors["load"].startswith("OSError")
+    assert errors["push"].startswith("ConnectionError")
+    assert NOWHERE in errors["load"]
+    assert NOWHERE in errors["push"]
