@@ -1,5 +1,8 @@
 """Image classifiers that explain themselves: logits and every patch's Shapley value from one forward pass."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -11,6 +14,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
 from .attribution_head import AttributionHead, ShapleyImageClassifierOutput, upsample_attributions
+from .certificate import AttributionCertificate, attribution_error_certificate
+from .checkpoints import last_complete_checkpoint
 from .coalitions import (
     coalitions_to_ids,
     enumerate_coalitions,
@@ -20,12 +25,148 @@ from .coalitions import (
     shapley_kernel_size_probabilities,
 )
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
-from .losses import coalition_label_loss, coalition_loss, paired_shapley_loss, shapley_loss
+from .estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
+from .hub import push_to_hub
+from .images import load_image, to_rgb
+from .losses import coalition_label_loss, coalition_loss, paired_residual_loss, paired_shapley_loss, shapley_loss
+from .metrics import (
+    Agreement,
+    BatchedGame,
+    Erasure,
+    RankingCurves,
+    aopc_bounds,
+    attribution_correlation,
+    comprehensiveness_sufficiency,
+    efficiency_gap,
+    error_ratio,
+    faithfulness_correlation,
+    grid_pointing_game,
+    infidelity,
+    insertion_deletion,
+    interaction_share,
+    leak,
+    make_mosaics,
+    normalised_aopc,
+    sample_uniform_sizes,
+    sensitivity_n,
+)
+from .model_card import ShapleyModelCard, ShapleyModelCardData, render_model_card, write_model_card
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .pipeline_shapley import TASK, ShapleyImageClassificationPipeline
-from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 from .version import __version__
+from .visualization import (
+    attribution_figure,
+    attribution_grid,
+    map_colours,
+    overlay,
+    place_map,
+    processor_geometry,
+    symmetric_scale,
+)
+
+if TYPE_CHECKING:
+    from .digits import digits_dataset, train_digits_model
+    from .interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
+    from .metrics_evaluate import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
+    from .trainer import ShapleyTrainer, ShapleyTrainingArguments
+
+# Loaded when first asked for: they need `datasets`, `evaluate` or the Trainer, which whoever only classifies and
+# explains would wait for, and hold 100 MB of, in vain.
+_LAZY = {
+    "digits": ["digits_dataset", "train_digits_model"],
+    "interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
+    "metrics_evaluate": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],
+    "trainer": ["ShapleyTrainer", "ShapleyTrainingArguments"],
+}
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
+
+__all__ = [
+    "Agreement",
+    "AttributionAgreement",
+    "AttributionCertificate",
+    "AttributionHead",
+    "BatchedGame",
+    "Erasure",
+    "FaithfulnessCorrelation",
+    "Game",
+    "InsertionDeletion",
+    "RankingCurves",
+    "ShapleyConvNextConfig",
+    "ShapleyConvNextForImageClassification",
+    "ShapleyEstimate",
+    "ShapleyImageClassificationPipeline",
+    "ShapleyImageClassifierOutput",
+    "ShapleyModelCard",
+    "ShapleyModelCardData",
+    "ShapleyTrainer",
+    "ShapleyTrainingArguments",
+    "ShapleyViTConfig",
+    "ShapleyViTForImageClassification",
+    "TASK",
+    "__version__",
+    "add_attributions",
+    "aopc_bounds",
+    "as_shapiq_game",
+    "attribution_correlation",
+    "attribution_error_certificate",
+    "attribution_figure",
+    "attribution_grid",
+    "captum_forward",
+    "coalition_label_loss",
+    "coalition_loss",
+    "coalitions_to_ids",
+    "comprehensiveness_sufficiency",
+    "digits_dataset",
+    "efficiency_gap",
+    "enumerate_coalitions",
+    "error_ratio",
+    "exact_shapley",
+    "faithfulness_correlation",
+    "grid_pointing_game",
+    "ids_to_coalitions",
+    "infidelity",
+    "insertion_deletion",
+    "interaction_share",
+    "kernel_shapley",
+    "last_complete_checkpoint",
+    "leak",
+    "load_image",
+    "make_mosaics",
+    "map_colours",
+    "normalised_aopc",
+    "overlay",
+    "paired_residual_loss",
+    "paired_shapley_loss",
+    "permutation_shapley",
+    "place_map",
+    "processor_geometry",
+    "push_to_hub",
+    "ranked_coalitions",
+    "render_model_card",
+    "sample_coalitions",
+    "sample_uniform_sizes",
+    "sensitivity_n",
+    "shapley_kernel_size_probabilities",
+    "shapley_loss",
+    "symmetric_scale",
+    "to_rgb",
+    "to_shap_explanation",
+    "train_digits_model",
+    "upsample_attributions",
+    "write_model_card",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _register() -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 # What `Trainer` needs to go on as if nothing had happened; it starts anew, silently, whatever it does not find.
 PARTS = ("trainer_state.json", "optimizer*", "scheduler.pt", "rng_state*.pth")
@@ -25,7 +26,7 @@ def marked_incomplete(checkpoint: str | os.PathLike) -> Iterator[None]:
     mark.unlink(missing_ok=True)
 
 
-def complete_checkpoint(chosen: str | os.PathLike | bool, output_dir: str | os.PathLike) -> str:
+def complete_checkpoint(chosen: str | os.PathLike | Literal[True], output_dir: str | os.PathLike) -> str:
     """The checkpoint to go on from.
 
     Args:

@@ -64,7 +64,7 @@ def render_training_card(
         "training": _recipe(trainer),
     }
     data = ShapleyModelCardData.from_results(results, language=language)
-    data.tags = list(dict.fromkeys([*data.tags, *(tag for given in tags for tag in _as_list(given))]))
+    data.tags = list(dict.fromkeys([*(data.tags or []), *(tag for given in tags for tag in _as_list(given))]))
     return render_model_card(results, model_id=model_id, data=data)
 
 

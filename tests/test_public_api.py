@@ -1,0 +1,96 @@
+"""Everything public can be imported from `hf_shapley`, and only what is asked for is loaded."""
+
+import ast
+
+import pytest
+from test_layout import MODULES, packages, relative_imports
+
+import hf_shapley
+
+# Public within the package: helpers, mixins and the command line, which users reach through something else.
+INTERNAL = {
+    "attribution_head": {
+        "ResidualMLP",
+        "ShapleyImageClassifierMixin",
+        "ZeroLinear",
+        "check_grid",
+        "scale_gradient",
+        "sums_of_linear",
+    },
+    "checkpoints": {"complete_checkpoint", "marked_incomplete"},
+    "cli": {"main"},
+    "coalitions": {"check_coalitions", "sum_over_coalitions"},
+    "configuration_shapley": {"ShapleyConfigMixin"},
+    "demo": {"DemoSettings", "run_demo"},
+    "hub": {"keep_card_of_hub", "label_names"},
+    "interoperability": {"ImageGame"},
+    "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
+    "modeling_shapley_convnext": {"InfluenceConvNextLayer"},
+    "modeling_shapley_vit": {"InfluenceViTLayer"},
+    "pipeline_shapley": {"custom_pipelines"},
+    "training_card": {"render_training_card"},
+}
+HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
+
+
+def definitions(source):
+    """Names of a module's functions and classes without a leading underscore."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {node.name for node in ast.parse(source).body if isinstance(node, kinds) and not node.name.startswith("_")}
+
+
+def imports(nodes):
+    """Names imported from sibling modules by statements, as {module: names}."""
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {node.module: sorted(alias.name for alias in node.names) for node in found}
+
+
+def test_every_public_definition_is_exported_or_known_as_internal():
+    left_out = {
+        module: sorted(names)
+        for module, source in MODULES.items()
+        if (names := definitions(source) - set(hf_shapley.__all__) - INTERNAL.get(module, set()))
+    }
+    assert left_out == {}
+
+
+def test_the_list_of_internal_names_is_not_out_of_date():
+    for module, names in INTERNAL.items():
+        assert names <= definitions(MODULES[module]), module
+        assert not names & set(hf_shapley.__all__), module
+
+
+def test_exports_are_sorted_and_exist():
+    statements = ast.parse(MODULES["__init__"]).body
+    exported = {name for names in imports(statements).values() for name in names}
+    lazy = {name for names in hf_shapley._LAZY.values() for name in names}
+    assert hf_shapley.__all__ == sorted(exported | lazy)
+    assert [name for name in hf_shapley.__all__ if not hasattr(hf_shapley, name)] == []
+    assert set(hf_shapley.__all__) <= set(dir(hf_shapley))
+
+
+def test_type_checkers_see_the_names_that_are_loaded_late():
+    blocks = [node for node in ast.parse(MODULES["__init__"]).body if isinstance(node, ast.If)]
+    assert [ast.unparse(block.test) for block in blocks] == ["TYPE_CHECKING"]
+    assert imports(blocks[0].body) == {module: sorted(names) for module, names in hf_shapley._LAZY.items()}
+
+
+def test_no_name_is_hidden_by_a_module_of_the_same_name():
+    assert set(hf_shapley.__all__) & set(MODULES) == set()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    loaded, waiting = set(), list(imports(ast.parse(MODULES["__init__"]).body))
+    while waiting:
+        module = waiting.pop()
+        if module not in loaded:
+            loaded.add(module)
+            source = MODULES[module]
+            assert packages(source, at_import=True) & HEAVY == set(), module
+            waiting += [name for name in relative_imports(source) if name in imports(ast.parse(source).body)]
+    assert "modeling_shapley_vit" in loaded and not loaded & set(hf_shapley._LAZY)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'shapely'"):
+        _ = hf_shapley.shapely
