@@ -37,10 +37,10 @@ demo: $(VENV)/.installed-plot
 	$(BIN)/hf-shapley demo
 
 test: $(VENV)/.installed-test
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 coverage: $(VENV)/.installed-test
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --cov $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --cov $(PYTEST_ARGS)
 
 quality: $(VENV)/.installed-quality $(VENV)/.installed-test
 	$(BIN)/ruff check .

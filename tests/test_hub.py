@@ -11,6 +11,9 @@ from hub_clients import GENERATED, USERS_CARD
 from hub_server import TOKEN, Hub
 from huggingface_hub import ModelCard
 
+# The tests read what a few processes saw: one worker must run them all, or those would run once for each worker.
+pytestmark = pytest.mark.xdist_group("hub")
+
 CLIENTS = Path(__file__).with_name("hub_clients.py")
 NOWHERE = "http://127.0.0.1:9"  # the discard port
 CODE = {

@@ -1,0 +1,145 @@
+"""A trainer's card tells what the run knows, and never replaces a card that somebody wrote."""
+
+import pytest
+import torch
+from conftest import make_model
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from transformers import PrinterCallback
+
+from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
+from hf_shapley.training_card import _last_evaluation, _metrics
+
+ROWS = [{"pixel_values": torch.full((3, 16, 24), float(row)), "labels": torch.tensor(row)} for row in range(4)]
+
+
+def make_trainer(folder, dataset=ROWS, **options):
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "save_strategy": "no", "eval_strategy": "no"}
+    args = ShapleyTrainingArguments(
+        str(folder),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **{**settings, **options},
+    )
+    labels = {"id2label": {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "eel"}}
+    trainer = ShapleyTrainer(
+        make_model("vit", **labels),
+        args,
+        train_dataset=ROWS,
+        eval_dataset=dataset,
+        compute_metrics=lambda prediction: {"accuracy": 0.625, "f1 macro": 0.5, "odd": float("nan")},
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def card_in(folder) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def test_a_saved_model_has_a_card_with_results_and_recipe(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=3e-4, shapley_weight=0.25, num_pairs=2)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    card = card_in(tmp_path)
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values.pop("loss") > 0
+    assert values == {"accuracy": 0.625, "f1_macro": 0.5}
+    for setting in ("learning rate: 0.0003", "shapley weight: 0.25", "num pairs: 2", "attribution head: votes"):
+        assert setting in card.text
+    assert "ant, bee, cat, dog, eel" in card.text
+    assert str(tmp_path) not in card.content
+
+
+def test_checkpoints_on_the_way_have_no_card(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    assert (tmp_path / "checkpoint-1" / "config.json").exists()
+    assert list(tmp_path.rglob("README.md")) == []
+
+
+def test_a_card_before_any_evaluation_claims_no_result(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card()
+    card = card_in(tmp_path)
+    assert card.data.eval_results is None
+    assert "No evaluation results" in card.text
+
+
+def test_a_card_that_somebody_wrote_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine")
+    make_trainer(tmp_path).save_model()
+    assert (tmp_path / "README.md").read_text() == "# Mine"
+
+
+def test_a_generated_card_is_replaced_and_can_go_to_another_folder(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.create_model_card(model_name="First")
+    trainer.create_model_card(model_name="Second")
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert "# Second" in card_in(tmp_path / "run").text
+    assert "# elsewhere" in card_in(tmp_path / "elsewhere").text
+
+
+def test_what_the_caller_says_reaches_the_card(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card(
+        language="en",
+        license="mit",
+        tags="mine",
+        tasks=["toys"],
+        finetuned_from="user/base",
+        dataset="Toys",
+        dataset_tags="user/toys",
+    )
+    data = card_in(tmp_path).data
+    assert (data.language, data.license, data.base_model, data.datasets) == ("en", "mit", "user/base", ["user/toys"])
+    assert {"mine", "toys", "hf_shapley"} <= set(data.tags)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_data_set_is_described_as_far_as_it_knows_itself(tmp_path, wrapped):
+    dataset = Dataset.from_dict({"labels": [0]}, split="validation")
+    dataset.info.dataset_name = "toys"
+    trainer = make_trainer(tmp_path, {"first": dataset} if wrapped else dataset)
+    trainer.state.log_history = [{"eval_accuracy": 0.5, "step": 0}]
+    trainer.create_model_card()
+    (result,) = card_in(tmp_path).data.eval_results
+    assert (result.dataset_name, result.dataset_split) == ("toys", "validation")
+
+
+@pytest.mark.parametrize(
+    "history, best, expected",
+    [
+        ([], None, {}),
+        ([{"loss": 1.0, "step": 1}], None, {}),
+        ([{"eval_accuracy": 0.1, "step": 1}, {"eval_accuracy": 0.2, "step": 2}], None, {"accuracy": 0.2}),
+        # Two evaluation sets log one after the other.
+        (
+            [{"eval_a_accuracy": 0.1, "step": 2}, {"eval_b_accuracy": 0.2, "step": 2}],
+            None,
+            {"a_accuracy": 0.1, "b_accuracy": 0.2},
+        ),
+        # The weights went back to the best step ...
+        (
+            [{"eval_accuracy": 0.9, "step": 1}, {"eval_accuracy": 0.2, "step": 2}, {"train_runtime": 1, "step": 2}],
+            1,
+            {"accuracy": 0.9},
+        ),
+        # ... and were evaluated there once more.
+        (
+            [{"eval_accuracy": 0.2, "step": 2}, {"train_runtime": 1, "step": 2}, {"eval_accuracy": 0.91, "step": 2}],
+            1,
+            {"accuracy": 0.91},
+        ),
+    ],
+    ids=["nothing", "training only", "the last", "several sets", "the best", "after training"],
+)
+def test_the_evaluation_of_the_current_weights_counts(tmp_path, history, best, expected):
+    trainer = make_trainer(tmp_path)
+    trainer.state.log_history, trainer.state.best_global_step = history, best
+    trainer.args.load_best_model_at_end = best is not None
+    found = {metric["type"]: metric["value"] for metric in _metrics(_last_evaluation(trainer))}
+    assert found == expected
