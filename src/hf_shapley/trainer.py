@@ -68,7 +68,7 @@ class ShapleyTrainingArguments(TrainingArguments):
 
 
 class ShapleyTrainer(Trainer):
-    """A `Trainer` for Shapley image classifiers: classification, masked predictions and Shapley regression in one forward.
+    """A `Trainer` for Shapley image classifiers: classes, masked predictions and Shapley regression in one forward.
 
     Each term is logged next to `loss`, averaged over the steps since the last log and over processes:
     `loss_classification`, `loss_coalition`, `loss_shapley` (unweighted) and the current `shapley_weight`.
@@ -99,8 +99,8 @@ class ShapleyTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "labels" not in inputs or "pixel_values" not in inputs:
             raise ValueError(
-                f"Training needs `pixel_values` and `labels` in each batch, got {sorted(inputs)}: check the data set's "
-                "columns, the data collator and `remove_unused_columns`."
+                f"Training needs `pixel_values` and `labels` in each batch, got {sorted(inputs)}: check the data "
+                "set's columns, the data collator and `remove_unused_columns`."
             )
         micro_step = self._count_micro_step()
         if self.state.global_step % self.args.shapley_every:
