@@ -137,8 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     low, high = certificate.error_ratio_interval
     print(
         f"\nSquared distance of the model's attributions to the exact Shapley values of {len(rows)} pictures,\n"
-        f"over the variance of those: {certificate.error_ratio:.4f} [{low:.4f}, {high:.4f}] at {certificate.confidence:.0%} "
-        f"confidence (0 is exact); correlation {certificate.correlation:.4f}.\n"
+        f"over the variance of those: {certificate.error_ratio:.4f}, 0 is exact; "
+        f"{certificate.confidence:.0%} confidence interval {low:.4f} to {high:.4f}.\n"
+        f"Correlation with the exact values: {certificate.correlation:.4f}.\n"
         f"Interactions, which no attribution can show: {share:.1%} of the variance among coalitions of one size."
     )
     summary = {name: x for name, x in asdict(certificate).items() if not isinstance(x, Tensor)}

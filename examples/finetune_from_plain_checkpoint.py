@@ -11,7 +11,7 @@ The real thing: a fine-tuned checkpoint, and the data set it was fine-tuned on, 
         --epochs 10 --learning_rate 2e-5 --output outputs/beans
 
 A plain checkpoint loads without any new weight: its classifier becomes the vote of each patch, its bias the base
-values. The table shows three models: the plain one, the same weights as a Shapley model before any training, and after.
+values. The table shows three models: the plain one, its weights as a Shapley model before any training, and after.
 The error is the mean squared distance of the attributions to the exact Shapley values, over the variance of those.
 """
 

@@ -60,7 +60,8 @@ def train_digits_model(
     """
     train = digits_dataset()["train"]
     labels = train.features["label"].names
-    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    # By area, so that an enlarged digit comes back as it was.
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8}, resample=PILImage.Resampling.BOX)
     pixels = processor(train["image"][:], return_tensors="pt")["pixel_values"]  # (1347, 3, 8, 8)
     rows = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, train["label"][:], strict=True)]
     config = ShapleyConvNextConfig(
