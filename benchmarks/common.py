@@ -12,6 +12,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler writes its own start and stop to stderr
+
 import torch
 from torch import nn
 

@@ -1,0 +1,270 @@
+"""`explain_dataset`: the rows are the model's, whatever interrupts it and however the data set is stored."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_model
+from datasets import Dataset, Features, Image, IterableDataset, Value
+from PIL import Image as PILImage
+from transformers import ViTImageProcessorPil
+
+import hf_shapley.dataset_explanations as module_under_test
+from hf_shapley.dataset_explanations import explain_dataset, load_explanations
+
+ROWS, OPTIONS = 23, {"batch_size": 3, "shard_size": 7, "show_progress": False}
+
+
+def processor() -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": 16, "width": 24})
+
+
+def pictures(rows: int = ROWS) -> list[PILImage.Image]:
+    generator = np.random.default_rng(0)
+    return [PILImage.fromarray(generator.integers(0, 256, (10, 14, 3), dtype=np.uint8)) for _ in range(rows)]
+
+
+def picture_dataset(rows: int = ROWS) -> Dataset:
+    features = Features({"image": Image(), "note": Value("string")})
+    return Dataset.from_dict({"image": pictures(rows), "note": ["x"] * rows}, features=features)
+
+
+def run(folder, dataset=None, model=None, **options):
+    dataset = picture_dataset() if dataset is None else dataset
+    model = model or make_model("vit")
+    return explain_dataset(model, dataset, folder, image_processor=processor(), **{**OPTIONS, **options})
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Every file but the manifest, hidden ones too."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "manifest.json"}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize("labels, expected", [("all", None), ("predicted", 1), (2, 2), (["LABEL_3", 0], None)])
+def test_rows_are_the_models_own_outputs(backbone, labels, expected, tmp_path):
+    model = make_model(backbone, attribution_head="votes+influence")
+    result = run(tmp_path, model=model, labels=labels)
+    assert (result.num_rows, result.computed_rows) == (ROWS, ROWS)
+    assert result.rows_per_second > 0
+    found = load_explanations(tmp_path).with_format("torch")[:]
+    output = model(processor()(images=pictures(), return_tensors="pt")["pixel_values"])
+    assert found["row"].tolist() == list(range(ROWS))
+    torch.testing.assert_close(found["logits"], output.logits, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found["score"], output.logits.softmax(-1).amax(-1), atol=1e-6, rtol=1e-5)
+    assert found["predicted_label"] == [f"LABEL_{i}" for i in output.logits.argmax(-1)]
+    fixed = {"all": torch.arange(5).expand(ROWS, -1)}.get(labels if isinstance(labels, str) else "")
+    ids = (
+        output.logits.topk(expected).indices if expected else torch.tensor([[3, 0]] * ROWS) if fixed is None else fixed
+    )
+    assert torch.equal(found["label_ids"], ids)
+    maps = output.attributions.transpose(1, 2).unflatten(-1, (4, 6))
+    expected_maps = maps[torch.arange(ROWS).unsqueeze(1), ids]
+    torch.testing.assert_close(found["attributions"], expected_maps, atol=1e-6, rtol=1e-5)
+
+
+def test_streams_give_the_same_files_as_data_sets_in_memory(tmp_path):
+    data = picture_dataset()
+    run(tmp_path / "memory", data)
+    run(tmp_path / "stream", data.to_iterable_dataset(num_shards=4))
+    run(tmp_path / "generated", IterableDataset.from_generator(lambda: ({"image": x} for x in pictures())))
+    expected = contents(tmp_path / "memory")
+    assert len(expected) == 4
+    assert contents(tmp_path / "stream") == expected
+    assert contents(tmp_path / "generated") == expected
+    assert [row["row"] for row in load_explanations(tmp_path / "stream", streaming=True)] == list(range(ROWS))
+
+
+def test_paths_and_encoded_bytes_are_images_too(tmp_path):
+    paths = []
+    for number, picture in enumerate(pictures(5)):
+        paths.append(str(tmp_path / f"{number}.png"))
+        picture.save(paths[-1])
+    run(tmp_path / "a", picture_dataset(5))
+    run(tmp_path / "b", Dataset.from_dict({"image": paths}))
+    run(tmp_path / "c", Dataset.from_dict({"image": [Path(path).read_bytes() for path in paths]}))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_a_stream_is_read_a_few_batches_ahead_at_most(tmp_path):
+    read, lead = [0], []
+
+    def stream():
+        for picture in pictures(120):
+            read[0] += 1
+            yield {"image": picture}
+
+    model = make_model("vit")
+    seen = [0]
+
+    def count(module, arguments, output):
+        seen[0] += len(arguments[0])
+        lead.append(read[0] - seen[0])
+
+    model.register_forward_hook(count)
+    run(tmp_path, IterableDataset.from_generator(stream), model)
+    assert len(lead) > 40
+    assert max(lead) <= 2 * OPTIONS["batch_size"] + 1
+
+
+def test_killed_runs_lose_nothing_and_repeat_nothing(tmp_path):
+    """12 runs, killed at random lines and then finished, leave byte for byte what an undisturbed run leaves."""
+    subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, timeout=300)
+    expected = contents(tmp_path / "undisturbed")
+    assert len(expected) == 4
+    killed = sorted(tmp_path.glob("killed-*"))
+    assert len(killed) == 12
+    for folder in killed:
+        assert contents(folder) == expected, folder.name
+    # The kills came at different times.
+    assert len({int(path.read_text()) for path in tmp_path.glob("left-*")}) >= 3
+
+
+def test_a_complete_run_is_not_computed_again(tmp_path):
+    run(tmp_path)
+    before = contents(tmp_path)
+    assert run(tmp_path, batch_size=5).computed_rows == 0
+    (tmp_path / "part-00001.parquet").unlink()
+    assert run(tmp_path).computed_rows == 7
+    assert contents(tmp_path) == before
+
+
+def test_another_model_label_or_length_does_not_mix_with_an_earlier_run(tmp_path):
+    run(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="other model"):
+        run(tmp_path, model=make_model("vit", seed=1))
+    with pytest.raises(ValueError, match="other labels, num_rows, shard_size"):
+        run(tmp_path, picture_dataset(5), labels="all", shard_size=8)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="without manifest"):
+        run(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_broken_image_is_named_and_what_came_before_is_kept(tmp_path):
+    encoded = [b"no image"] * ROWS
+    for number in range(9):
+        path = tmp_path / "x.png"
+        pictures()[number].save(path)
+        encoded[number] = path.read_bytes()
+    with pytest.raises(ValueError, match="Row 9 holds no readable image"):
+        run(tmp_path / "out", Dataset.from_dict({"image": encoded}))
+    assert set(contents(tmp_path / "out")) == {"part-00000.parquet"}
+    with pytest.raises(ValueError, match="no complete run"):
+        load_explanations(tmp_path / "out")
+
+
+def test_missing_doubled_and_foreign_files_are_found(tmp_path):
+    run(tmp_path)
+    first = pq.read_table(tmp_path / "part-00000.parquet")
+    pq.write_table(first, tmp_path / "part-00009.parquet")
+    with pytest.raises(OSError, match="part-00009"):
+        run(tmp_path)
+    (tmp_path / "part-00009.parquet").unlink()
+    pq.write_table(pa.concat_tables([first.slice(0, 6), first.slice(0, 1)]), tmp_path / "part-00000.parquet")
+    with pytest.raises(OSError, match="part-00000.parquet does not hold the rows from 0"):
+        run(tmp_path)
+
+
+def test_images_of_another_grid_are_refused(tmp_path):
+    class Uneven:
+        """A processor whose size follows the first picture."""
+
+        def __call__(self, images, return_tensors):
+            size = {"height": 16, "width": 24 if images[0].width == 14 else 16}
+            return ViTImageProcessorPil(size=size)(images=images, return_tensors=return_tensors)
+
+        def to_json_string(self):
+            return "{}"
+
+    data = Dataset.from_list([{"image": x.resize((14 if i < 3 else 10, 10))} for i, x in enumerate(pictures())])
+    with pytest.raises(ValueError, match="another grid"):
+        explain_dataset(make_model("convnext"), data, tmp_path, image_processor=Uneven(), **OPTIONS)
+    assert contents(tmp_path) == {}
+
+
+def test_the_model_keeps_its_mode_and_the_bar_shows_the_rate(tmp_path, capsys):
+    model = make_model("vit").train()
+    run(tmp_path, model=model, show_progress=True)
+    assert model.training
+    shown = capsys.readouterr().err
+    assert "23/23" in shown
+    assert "images/s" in shown
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (TypeError, "Shapley image classifier", {"model": torch.nn.Linear(1, 1)}),
+        (TypeError, "choose a split", {"dataset": datasets.DatasetDict()}),
+        (ValueError, "at least one row", {"dataset": Dataset.from_dict({"image": []})}),
+        (ValueError, "at least one row", {"dataset": IterableDataset.from_generator(lambda: iter(()))}),
+        (ValueError, "image_column", {"image_column": "picture"}),
+        (ValueError, "labels", {"labels": "best"}),
+        (ValueError, "labels", {"labels": 6}),
+        (ValueError, "labels", {"labels": ["cat"]}),
+        (ValueError, "batch_size", {"batch_size": 0}),
+        (ValueError, "shard_size", {"shard_size": 0}),
+    ],
+)
+def test_bad_input_is_refused(error, message, change, tmp_path):
+    with pytest.raises(error, match=message):
+        run(tmp_path, **change)
+    assert contents(tmp_path) == {}
+
+
+def run_and_die(folder: Path, stream: bool, after: int | None) -> None:
+    """In a forked process: explain, and be killed when `after` lines of the module have run."""
+    process = os.fork()
+    if process:
+        os.waitpid(process, 0)
+        return
+    lines = [0]
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != module_under_test.__file__:
+            return None
+        lines[0] += event == "line"
+        if lines[0] == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    data = picture_dataset()
+    sys.settrace(trace)
+    run(folder, data.to_iterable_dataset() if stream else data)
+    sys.settrace(None)
+    (folder.parent / f"lines-{stream}").write_text(str(lines[0]))
+    os._exit(0)
+
+
+def kill_runs(folder: Path) -> None:
+    """What the test of killed runs starts as a process of its own, which may fork safely."""
+    draw = random.Random(0)
+    run_and_die(folder / "undisturbed", False, None)
+    run_and_die(folder / "undisturbed-stream", True, None)
+    for number in range(12):
+        stream = bool(number % 2)
+        total = int((folder / f"lines-{stream}").read_text())
+        target = folder / f"killed-{number}"
+        for _ in range(2 if number % 4 == 0 else 1):
+            run_and_die(target, stream, draw.randrange(1, total))
+        (folder / f"left-{number}").write_text(str(len(list(target.glob("part-*")))))
+        run_and_die(target, stream, None)
+
+
+if __name__ == "__main__":
+    kill_runs(Path(sys.argv[1]))
