@@ -13,7 +13,8 @@ Fine-tune a plain checkpoint of the Hub (its classifier becomes the vote head) o
         --shapley_warmup 0.5 --value_gradient 0.3 --coalition_weight 0.3 --bf16 --do_train --do_eval --push_to_hub
 
 On several devices, or several machines, put `accelerate launch` in the place of `python` (`accelerate config` asks
-about the machine once; `accelerate launch --num_processes 2 --cpu` tries it without any GPU).
+about the machine once). To try it without any GPU: `accelerate launch --multi_gpu --num_processes 2 ... --use_cpu`, for
+accelerate's own `--cpu` would start one process only.
 
 `--dataset` takes a Hub id, a folder with one sub-folder of pictures per label, or what `save_to_disk` wrote.
 `--resume_from_checkpoint last` continues where the run in `--output_dir` stopped. One `.json` file may hold all of the

@@ -66,6 +66,7 @@ from .visualization import (
 )
 
 if TYPE_CHECKING:
+    from .dataset_explanations import ExplanationRun, explain_dataset, load_explanations
     from .digits import digits_dataset, train_digits_model
     from .interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
     from .metrics_evaluate import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 # Loaded when first asked for: they need `datasets`, `evaluate` or the Trainer, which whoever only classifies and
 # explains would wait for, and hold 100 MB of, in vain.
 _LAZY = {
+    "dataset_explanations": ["ExplanationRun", "explain_dataset", "load_explanations"],
     "digits": ["digits_dataset", "train_digits_model"],
     "interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
     "metrics_evaluate": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],
@@ -88,6 +90,7 @@ __all__ = [
     "AttributionHead",
     "BatchedGame",
     "Erasure",
+    "ExplanationRun",
     "FaithfulnessCorrelation",
     "Game",
     "InsertionDeletion",
@@ -122,6 +125,7 @@ __all__ = [
     "enumerate_coalitions",
     "error_ratio",
     "exact_shapley",
+    "explain_dataset",
     "faithfulness_correlation",
     "grid_pointing_game",
     "ids_to_coalitions",
@@ -131,6 +135,7 @@ __all__ = [
     "kernel_shapley",
     "last_complete_checkpoint",
     "leak",
+    "load_explanations",
     "load_image",
     "make_mosaics",
     "map_colours",
