@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Image, IterableDataset, load_dataset
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .attribution_head import _evaluating
 from .checks import check_count, describe
@@ -54,7 +55,7 @@ class ExplanationRun:
 
 
 def explain_dataset(
-    model: nn.Module,
+    model: PreTrainedModel,
     dataset: Dataset | IterableDataset,
     output_dir: str | os.PathLike,
     *,
@@ -111,35 +112,26 @@ def explain_dataset(
             "image_column": image_column,
             "labels": labels if isinstance(labels, str | int) else list(labels),
             "shard_size": shard_size,
-            "num_rows": source.num_rows,
+            "num_rows": source.num_rows or None,  # of a stream it is not known yet
         }
         _open_folder(folder, settings, model)
     accelerator.wait_for_everyone()  # no file is written before the main process has looked at the folder
 
-    def mine(shard: int) -> bool:
-        theirs = shard % accelerator.num_processes != accelerator.process_index
-        return not theirs and not (folder / PART.format(shard)).exists()
+    def is_wanted(shard: int) -> bool:
+        mine = shard % accelerator.num_processes == accelerator.process_index
+        return mine and not (folder / PART.format(shard)).exists()
 
-    def prepared() -> Iterator[tuple[int, Tensor]]:
-        for start, images in source.batches(batch_size, shard_size, mine):
-            yield start, _pixel_values(image_processor, images, start)
-
-    model.to(accelerator.device)
-    computed = 0
+    total = source.count(shard_size, is_wanted)
     hidden = not (show_progress and accelerator.is_main_process)
-    bar = tqdm(total=source.count(shard_size, mine), unit=" images", desc="explaining", disable=hidden)
-    with _evaluating(model), _Writer(folder, shard_size) as writer, bar:
-        for start, pixel_values in _ahead(prepared()):
-            with accelerator.autocast():
-                table = _explain(model, pixel_values.to(accelerator.device), start, choose)
-            writer.write(start, table)
-            computed += table.num_rows
-            bar.update(table.num_rows)
+    batches = source.batches(batch_size, shard_size, is_wanted)
+    prepared = ((start, _pixel_values(image_processor, images, start)) for start, images in batches)
+    with tqdm(total=total, unit=" images", desc="explaining", disable=hidden) as bar:
+        computed = _write_rows(model, prepared, _Writer(folder, shard_size), accelerator, choose, bar)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _complete(folder, source.num_rows, shard_size)
+        _complete(folder, source.num_rows or 0, shard_size)
     accelerator.wait_for_everyone()
-    return ExplanationRun(folder, source.num_rows, computed, time.perf_counter() - started)
+    return ExplanationRun(folder, source.num_rows or 0, computed, time.perf_counter() - started)
 
 
 def load_explanations(output_dir: str | os.PathLike, *, streaming: bool = False) -> Dataset | IterableDataset:
@@ -161,7 +153,7 @@ class _Source:
     def __init__(self, dataset: Dataset | IterableDataset, column: str):
         self.column = column
         self.is_stream = isinstance(dataset, IterableDataset)
-        self.num_rows = None if self.is_stream else len(dataset)  # a stream's is known when it has been read
+        self.num_rows = 0 if self.is_stream else len(dataset)  # a stream's is known when it has been read
         self.dataset = dataset
         if self.is_stream:
             self.dataset = dataset.decode(False) if dataset.features else dataset
@@ -170,7 +162,7 @@ class _Source:
 
     def count(self, shard_size: int, wanted: Callable[[int], bool]) -> int | None:
         """Rows in the wanted shards; None where only reading tells."""
-        if self.num_rows is None:
+        if self.is_stream:
             return None
         shards = filter(wanted, range(-(-self.num_rows // shard_size)))
         return sum(min(shard_size, self.num_rows - shard * shard_size) for shard in shards)
@@ -182,9 +174,10 @@ class _Source:
         if self.is_stream:
             yield from self._stream(batch_size, shard_size, wanted)
             return
-        for first in range(0, self.num_rows, shard_size):
+        num_rows = len(self.dataset)
+        for first in range(0, num_rows, shard_size):
             if wanted(first // shard_size):
-                end = min(first + shard_size, self.num_rows)
+                end = min(first + shard_size, num_rows)
                 for start in range(first, end, batch_size):
                     yield start, self.dataset[start : min(start + batch_size, end)][self.column]
 
@@ -248,8 +241,29 @@ class _Writer:
             self.temporary.unlink()
 
 
+def _write_rows(
+    model: PreTrainedModel,
+    batches: Iterator[tuple[int, Tensor]],
+    writer: _Writer,
+    accelerator: Accelerator,
+    choose: Callable[[Tensor], Tensor],
+    bar: tqdm,
+) -> int:
+    """Explain and write batches of (number of the first row, pixel values); return how many rows they had."""
+    computed = 0
+    model.to(accelerator.device)
+    with _evaluating(model), writer:
+        for start, pixel_values in _ahead(batches):
+            with accelerator.autocast():
+                table = _explain(model, pixel_values.to(accelerator.device), start, choose)
+            writer.write(start, table)
+            computed += table.num_rows
+            bar.update(table.num_rows)
+    return computed
+
+
 @torch.inference_mode()
-def _explain(model: nn.Module, pixel_values: Tensor, start: int, choose: Callable[[Tensor], Tensor]) -> pa.Table:
+def _explain(model: PreTrainedModel, pixel_values: Tensor, start: int, choose: Callable[[Tensor], Tensor]) -> pa.Table:
     """One forward -> the rows from `start` on."""
     output = model(pixel_values)
     logits = output.logits
@@ -299,10 +313,10 @@ def _pixel_values(image_processor: Any, images: list[Any], start: int) -> Tensor
     return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 
-def _label_chooser(model: nn.Module, labels: Any) -> Callable[[Tensor], Tensor]:
+def _label_chooser(model: PreTrainedModel, labels: Any) -> Callable[[Tensor], Tensor]:
     """Function from logits (B, K) to the ids of the labels to attribute, long (B, L)."""
     num_labels = model.config.num_labels
-    counts = {"predicted": 1, "all": num_labels}
+    counts: dict[str | int, int] = {"predicted": 1, "all": num_labels}
     if isinstance(labels, str) and labels not in counts:
         raise ValueError(f'`labels` must be "predicted", "all", a count, or a list of labels, got {labels!r}.')
     if not isinstance(labels, str | int):
@@ -310,7 +324,7 @@ def _label_chooser(model: nn.Module, labels: Any) -> Callable[[Tensor], Tensor]:
         return lambda logits: ids.to(logits.device).expand(len(logits), -1)
     if labels == "all":
         return lambda logits: torch.arange(num_labels, device=logits.device).expand(len(logits), -1)
-    count = counts.get(labels, labels)
+    count = counts[labels] if isinstance(labels, str) else labels
     if not 1 <= count <= num_labels:
         raise ValueError(f"`labels` must be at least 1 and at most the model's {num_labels} labels, got {count}.")
     return lambda logits: logits.argsort(dim=-1, descending=True, stable=True)[:, :count]
@@ -330,7 +344,7 @@ def _check_inputs(model: Any, dataset: Any, column: str) -> None:
         raise ValueError("`dataset` must have at least one row, got 0.")
 
 
-def _digest(model: nn.Module) -> str:
+def _digest(model: PreTrainedModel) -> str:
     """Fingerprint of all weights, so that a run does not go on with another model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -339,7 +353,7 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _open_folder(folder: Path, settings: dict[str, Any], model: nn.Module) -> None:
+def _open_folder(folder: Path, settings: dict[str, Any], model: PreTrainedModel) -> None:
     """Start a manifest, or check that the one there is of the same run; remove what a killed run left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = _read_manifest(folder)
