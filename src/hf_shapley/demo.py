@@ -32,6 +32,7 @@ from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .digits import digits_dataset
 from .estimators import exact_shapley
 from .metrics import attribution_correlation, error_ratio
+from .model_card import render_model_card, write_model_card
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
@@ -230,10 +231,56 @@ def _results(settings: DemoSettings, runs: list[dict], seconds: float) -> dict:
     return results
 
 
+def card_results(results: dict) -> dict:
+    """The demo's results in the form that `hf_shapley.model_card` renders."""
+    seeds, images = results["seeds"], results["images"]
+    by_seed = {"seeds": seeds} if seeds > 1 else {}
+    accuracy = {"group": "Classification", "type": "accuracy", "better": "higher"}
+    faithful = {"group": "Faithfulness", "settings": {"images": images, **by_seed}}
+    exact = {"group": "Exactness", "better": "lower", "settings": {"images": results["test_images"], **by_seed}}
+    settings = {"images": results["test_images"], **by_seed}
+    names = ("backbone", "epochs", "per_device_train_batch_size", "learning_rate", "shapley_weight", "train_images")
+    versions = ("hf_shapley_version", "torch_version", "transformers_version", "python_version", "cpus", "seconds")
+    return {
+        "model_name": f"Digits, {results['backbone']}",
+        "summary": "A small classifier of 8 x 8 hand-written digits, to show and test what hf_shapley does.",
+        "license": "apache-2.0",
+        "dataset": {"name": "scikit-learn digits", "id": "sklearn-digits", "split": "test"},
+        "labels": [str(digit) for digit in range(10)],
+        "metrics": [
+            {**accuracy, "name": "Accuracy", "value": results["accuracy_joint"], "settings": settings},
+            {**accuracy, "name": "Accuracy, plain twin", "value": results["accuracy_plain"], "settings": settings},
+            {
+                **faithful,
+                "type": "shapley_correlation",
+                "name": "Correlation with exact Shapley values",
+                "value": results["shapley_correlation"],
+                "better": "higher",
+            },
+            {
+                **faithful,
+                "type": "shapley_error_ratio",
+                "name": "Squared error / variance of exact values",
+                "value": results["shapley_error_ratio"],
+                "better": "lower",
+            },
+            {**exact, "type": "efficiency_gap", "name": "Efficiency gap", "value": results["efficiency_gap"]},
+            {**exact, "type": "leak", "name": "Leak of hidden pixels", "value": results["leak"]},
+        ],
+        "training": {name: results[name] for name in names},
+        "environment": {name.removesuffix("_version"): results[name] for name in versions},
+        "limits": ["The images are 8 x 8 pixels: nothing here says how it does on photographs."],
+        "command": results["command"],
+    }
+
+
 def _write(output: Path, model: PreTrainedModel, processor, test, pixels: Tensor, results: dict) -> None:
-    """Model, processor, results, figure and report."""
+    """Model with processor and card, results, figure and report."""
     model.save_pretrained(output / "model")
     processor.save_pretrained(output / "model")
+    write_model_card(
+        output / "model" / "README.md", render_model_card(card_results(results), model_id=str(output / "model"))
+    )
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     maps = model.explain(pixels[:12])  # (12, 10, 4, 4)
     logits = model(pixels[:12]).logits
