@@ -1,0 +1,128 @@
+"""The documentation does what it says: its code runs, its commands parse, its tables match, its pages build."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from test_interoperability import optional
+from test_layout import MODULES
+from test_public_api import INTERNAL, INTERNAL_MODULES, definitions
+from transformers import TrainingArguments
+
+from hf_shapley import ShapleyTrainingArguments, ShapleyViTConfig
+from hf_shapley.cli import _parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists()]
+BLOCK = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+
+# The same code with fewer steps, images and draws.
+TINY = {
+    r"num_train_epochs=\d+": "max_steps=2",
+    r"train_digits_model\(\)": "train_digits_model(epochs=0.5)",
+    r"num_samples=\d+": "num_samples=20",
+    r"budget=1024": "budget=64",
+    r"\[:8\]": "[:3]",
+    r"\[:2\]": "[:1]",  # of images whose 65,536 coalitions are enumerated
+}
+
+
+def blocks(path, *, run):
+    """Code of the ```python blocks that are, or are not, to be run, each at its own line for tracebacks."""
+    text = path.read_text(encoding="utf-8")
+    for block in BLOCK.finditer(text):
+        if ("no-run" not in block["options"]) == run:
+            yield "\n" * text[: block.start("code")].count("\n") + block["code"]
+
+
+def names(paths):
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+RUNNABLE = [path for path in PAGES if any(blocks(path, run=True))]
+COMPILED = [path for path in PAGES if any(blocks(path, run=False))]
+
+
+# A GPU would use pinned memory; the pages' code does not turn it off for those who have none.
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.parametrize("path", RUNNABLE, ids=names(RUNNABLE))
+def test_code_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    for package in ("shap", "shapiq", "captum"):
+        if any(f"import {package}" in code or f"from {package}." in code for code in blocks(path, run=True)):
+            optional(package)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for code in blocks(path, run=True):
+        for pattern, replacement in TINY.items():
+            code = re.sub(pattern, replacement, code)
+        exec(compile(code, path, "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", COMPILED, ids=names(COMPILED))
+def test_code_that_needs_a_network_compiles(path):
+    for code in blocks(path, run=False):
+        compile(code, path, "exec")
+
+
+def test_every_setting_made_tiny_is_still_on_a_page():
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    assert [pattern for pattern in TINY if not re.search(pattern, text)] == []
+
+
+def test_commands_parse():
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    commands = re.findall(r"^hf-shapley ((?:demo|explain)(?: +[^#\n]*[^#\s])?)", text, re.MULTILINE)
+    runnable = [command for command in commands if "   " not in command]  # the others are a list with descriptions
+    assert len(runnable) >= 3
+    for command in runnable:
+        _parser().parse_args(shlex.split(command))
+
+
+def test_scripts_that_pages_name_exist():
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    assert {name for name in re.findall(r"\bexamples/[\w/]+\.py", text) if not (ROOT / name).is_file()} == set()
+
+
+@pytest.mark.parametrize(
+    "arguments, parent, shown",
+    [
+        (ShapleyTrainingArguments, TrainingArguments, lambda field: repr(field.default).replace("'", '"')),
+        (ShapleyViTConfig, ShapleyViTConfig.__mro__[2], lambda field: None),
+    ],
+    ids=["training", "head"],
+)
+def test_the_tables_of_options_are_complete(arguments, parent, shown):
+    text = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
+    own = [field for field in fields(arguments) if field.name not in {field.name for field in fields(parent)}]
+    assert own and {field.name for field in own} <= set(rows)
+    for field in own:
+        assert shown(field) in (None, rows[field.name].strip("`"))
+
+
+def test_the_reference_covers_every_public_module():
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    public = {
+        module
+        for module, source in MODULES.items()
+        if module not in INTERNAL_MODULES and definitions(source) - INTERNAL.get(module, set())
+    }
+    assert public - set(re.findall(r"^::: hf_shapley\.(\w+)$", pages, re.MULTILINE)) == set()
+
+
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra `docs`")
+def test_the_site_builds_without_warnings_and_needs_no_other_site(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (built.returncode, built.stderr) == (0, "")
+    for page in tmp_path.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//[^"]*"', text) == [], page
+        assert re.findall(r"\[<code>\w+</code>\]", text) == [], page  # a reference that nobody resolved
