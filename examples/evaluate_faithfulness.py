@@ -26,16 +26,17 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from hf_shapley.certificate import attribution_error_certificate
-from hf_shapley.digits import digits_dataset, train_digits_model
-from hf_shapley.images import to_rgb
-from hf_shapley.metrics import (
+from hf_shapley import (
     BatchedGame,
+    attribution_error_certificate,
     comprehensiveness_sufficiency,
+    digits_dataset,
     efficiency_gap,
     faithfulness_correlation,
     insertion_deletion,
     interaction_share,
+    to_rgb,
+    train_digits_model,
 )
 
 MEANINGS = {

@@ -16,8 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from transformers import pipeline
 
-from hf_shapley.digits import digits_dataset, train_digits_model
-from hf_shapley.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
+from hf_shapley import TASK, ShapleyImageClassificationPipeline, digits_dataset, train_digits_model
 
 SMALLEST_EDGE = 224  # tiny pictures are enlarged to at least so many pixels, patch by patch
 

@@ -42,10 +42,10 @@ from hf_shapley import (
     ShapleyTrainer,
     ShapleyTrainingArguments,
     ShapleyViTForImageClassification,
+    attribution_error_certificate,
+    digits_dataset,
+    to_rgb,
 )
-from hf_shapley.certificate import attribution_error_certificate
-from hf_shapley.digits import digits_dataset
-from hf_shapley.images import to_rgb
 
 SHAPLEY_MODELS = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}
 

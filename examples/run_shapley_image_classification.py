@@ -4,7 +4,7 @@ With no argument, a small classifier learns scikit-learn's digits from scratch o
 
     python examples/run_shapley_image_classification.py
 
-Fine-tune a plain checkpoint of the Hub (its classifier becomes the vote head) on a data set of the Hub:
+Fine-tune a plain checkpoint of the Hub on a data set of the Hub:
 
     python examples/run_shapley_image_classification.py \
         --model google/vit-base-patch16-224-in21k --dataset ethz/food101 --output_dir outputs/food101 \
@@ -13,7 +13,7 @@ Fine-tune a plain checkpoint of the Hub (its classifier becomes the vote head) o
         --shapley_warmup 0.5 --value_gradient 0.3 --coalition_weight 0.3 --bf16 --do_train --do_eval --push_to_hub
 
 On several devices, or several machines, put `accelerate launch` in the place of `python` (`accelerate config` asks
-about the machine once). To try it without any GPU: `accelerate launch --multi_gpu --num_processes 2 ... --use_cpu`, for
+about the machine once). To try it without any GPU: `accelerate launch --multi_gpu --num_processes 2 ... --use_cpu`;
 accelerate's own `--cpu` would start one process only.
 
 `--dataset` takes a Hub id, a folder with one sub-folder of pictures per label, or what `save_to_disk` wrote.
@@ -53,9 +53,9 @@ from hf_shapley import (
     ShapleyTrainingArguments,
     ShapleyViTConfig,
     ShapleyViTForImageClassification,
+    digits_dataset,
+    to_rgb,
 )
-from hf_shapley.digits import digits_dataset
-from hf_shapley.images import to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -304,9 +304,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.do_predict:
         path = Path(args.output_dir) / "predictions.jsonl"
         _report(trainer, "predict", write_predictions(trainer, splits["predict"].with_transform(plain), path))
+    card = {
+        "finetuned_from": _hub_id(model_args.model),
+        "dataset": data_args.dataset or "scikit-learn digits",
+        "dataset_tags": _hub_id(data_args.dataset),
+        "dataset_args": data_args.dataset_config,
+    }
     if args.push_to_hub:
-        trainer.push_to_hub(dataset=data_args.dataset, finetuned_from=model_args.model, tags=["shapley"])
+        trainer.push_to_hub(**card)
+    elif args.do_train:
+        trainer.create_model_card(**card)  # once more: now it has the evaluation
     return metrics
+
+
+def _hub_id(name: str | None) -> str | None:
+    return None if name is None or Path(name).exists() else name
 
 
 def _report(trainer: ShapleyTrainer, name: str, metrics: dict[str, float]) -> None:

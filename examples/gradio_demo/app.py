@@ -21,10 +21,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import pipeline
 
-from hf_shapley.digits import digits_dataset, train_digits_model
-from hf_shapley.images import load_image
-from hf_shapley.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
-from hf_shapley.visualization import BLUE_WHITE_RED, Box, overlay, place_map, processor_geometry, symmetric_scale
+from hf_shapley import (
+    TASK,
+    ShapleyImageClassificationPipeline,
+    digits_dataset,
+    load_image,
+    overlay,
+    place_map,
+    processor_geometry,
+    symmetric_scale,
+    train_digits_model,
+)
+from hf_shapley.visualization import BLUE_WHITE_RED, Box
 
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000
