@@ -57,8 +57,6 @@ from hf_shapley import (
     to_rgb,
 )
 
-logger = logging.getLogger(__name__)
-
 FAMILIES = {
     "vit": (ShapleyViTConfig, ShapleyViTForImageClassification),
     "convnext": (ShapleyConvNextConfig, ShapleyConvNextForImageClassification),
