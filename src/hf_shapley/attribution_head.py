@@ -7,14 +7,17 @@ construction.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .checks import check_count, check_floats, check_label_ids, check_pair, describe, known_labels
 from .coalitions import check_coalitions, coalitions_to_ids, ids_to_coalitions, sum_over_coalitions
 
 
@@ -85,7 +88,7 @@ class AttributionHead(nn.Module):
         make_block: builds one backbone layer that takes (tokens, grid); for `influence_block="backbone"`.
     """
 
-    def __init__(self, config, hidden_size: int, make_block: Callable[[], nn.Module]):
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, make_block: Callable[[], nn.Module]):
         super().__init__()
         self.vote_gradient = config.vote_gradient
         self.influence_gradient = config.influence_gradient
@@ -163,6 +166,34 @@ class ShapleyImageClassifierMixin:
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a checkpoint of ours or a plain one of the same backbone, as `PreTrainedModel.from_pretrained` does.
+
+        Raises:
+            OSError: no such checkpoint, damaged files, or weights that are not all of the backbone's.
+            ValueError: weights of other sizes than the configuration's, or a configuration that makes no sense.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        name = str(pretrained_model_name_or_path)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The weights of {name!r} have other sizes than its configuration: load them with the one they were "
+                "saved with, or set `ignore_mismatched_sizes=True` for a new head."
+            ) from error
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # safetensors' own type is no part of what we may import
+                raise
+            raise OSError(f"The weights of {name!r} are damaged ({error}): download or save them again.") from error
+        _check_backbone(info, cls.base_model_prefix, name)
+        return (model, info) if wants_info else model
+
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save weights, configuration and code, the pipeline's included, so that the Hub can serve all of them."""
         # Imported here, where transformers finds it too, so that the pipeline's file is copied with the model's.
@@ -185,7 +216,7 @@ class ShapleyImageClassifierMixin:
         interpolate_pos_encoding: bool | None = None,
         num_coalitions: int | None = None,
         sums_only: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> ShapleyImageClassifierOutput:
         """Classify images, attribute every label to the patches and, if asked, play the game.
 
@@ -203,12 +234,14 @@ class ShapleyImageClassifierMixin:
             **kwargs: `output_hidden_states`, `output_attentions`, for the ordinary forward only.
 
         Returns:
-            [`ShapleyImageClassifierOutput`].
+            `ShapleyImageClassifierOutput`.
 
         Raises:
             ValueError: for pixels or ids of a wrong shape, dtype or range.
         """
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
+        if labels is not None:
+            labels = self._check_targets(labels, len(pixel_values))
         if sums_only and coalition_ids is None:
             raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
         recorded = {}
@@ -329,8 +362,7 @@ class ShapleyImageClassifierMixin:
                 f"`coalitions` must be of shape (batch = {len(pixel_values)}, coalitions, players), "
                 f"got {tuple(coalitions.shape)}."
             )
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_count(batch_size, "batch_size")
         coalitions = coalitions.to(pixel_values.device)
         paired = coalitions.shape[1] % 2 == 0 and torch.equal(coalitions[:, 0::2], ~coalitions[:, 1::2])
         chunk = max(1, batch_size // len(pixel_values)) * (2 if paired else 1)
@@ -371,15 +403,30 @@ class ShapleyImageClassifierMixin:
             )
         return self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
 
+    def _check_targets(self, labels: Tensor, batch: int) -> Tensor:
+        """Refuse labels that the loss of `config.problem_type` cannot take; integers come back as long."""
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"`labels` must be a tensor, got {describe(labels)}.")
+        num_labels, problem = self.config.num_labels, self.config.problem_type
+        integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        single = problem == "single_label_classification" or (problem is None and num_labels > 1 and integers)
+        if not single:
+            wanted = (batch,) if num_labels == 1 and labels.ndim == 1 else (batch, num_labels)
+            check_floats(labels, "labels", wanted, f"`config.problem_type` is {problem!r}")
+        # Elsewhere than on the CPU the check would make the host wait in every training step.
+        elif labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            ids = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+            check_label_ids(ids, "labels", batch, num_labels, may_be_unknown=True)
+        return labels.long() if single else labels
+
     def _label_ids(self, labels: Sequence[int | str] | Tensor, batch: int) -> Tensor:
         """Label ids or names to long (batch, L)."""
         device = self.classifier.weight.device
         num_labels = self.config.num_labels
         if not isinstance(labels, Tensor):
-            unknown = [label for label in labels if isinstance(label, str) and label not in self.config.label2id]
-            if unknown:
-                raise ValueError(f"Unknown labels {unknown}: choose from {list(self.config.label2id)[:20]}.")
-            labels = torch.tensor([self.config.label2id[x] if isinstance(x, str) else int(x) for x in labels])
+            labels = torch.tensor(known_labels(labels, self.config.id2label))
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"`labels` must be integers, got {labels.dtype}: give ids or names.")
         ids = labels.to(device=device, dtype=torch.long)
         if ids.ndim == 1:
             ids = ids.expand(batch, -1)
@@ -390,10 +437,23 @@ class ShapleyImageClassifierMixin:
         return ids
 
 
+def _check_backbone(info: dict, prefix: str, name: str) -> None:
+    """Refuse a checkpoint that lacks a part of the backbone, or has more of it than the configuration."""
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, beyond its configuration,")):
+        keys = sorted(key for key in info[kind] if key.startswith(f"{prefix}.") and ".pooler." not in key)
+        if keys:
+            raise OSError(
+                f"The checkpoint {name!r} {what} {len(keys)} weights of the backbone, such as {keys[:3]}: download or "
+                "save it again, with the configuration it belongs to."
+            )
+
+
 def upsample_attributions(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Spread each patch's value evenly over its pixels: (..., h, w) -> (..., H, W), multiples of h and w; same sum."""
+    check_floats(maps, "maps", [*["maps"] * (getattr(maps, "ndim", 2) - 2), "h", "w"])
+    size = check_pair(size, "size", "(height, width) in pixels")
     rows, columns = size[0] // maps.shape[-2], size[1] // maps.shape[-1]
-    if (maps.shape[-2] * rows, maps.shape[-1] * columns) != tuple(size) or 0 in (rows, columns):
+    if (maps.shape[-2] * rows, maps.shape[-1] * columns) != size or 0 in (rows, columns):
         raise ValueError(f"`size` must be a multiple of the grid {tuple(maps.shape[-2:])}, got {tuple(size)}.")
     spread = maps.repeat_interleave(rows, dim=-2).repeat_interleave(columns, dim=-1)
     return spread / (rows * columns)
@@ -420,6 +480,8 @@ def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, batch: int, gr
             f"got {tuple(ids.shape)}."
         )
     if num_coalitions is not None:
+        if not torch.compiler.is_compiling():
+            check_count(num_coalitions, "num_coalitions")
         return num_coalitions
     lowest, highest = (int(x) for x in torch.aminmax(ids))
     if lowest < 0 or highest >= num_players:

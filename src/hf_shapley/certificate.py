@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import check_callable, check_count, check_finite, check_floats, check_number
 from .estimators import Game, ShapleyEstimate, kernel_shapley, permutation_shapley
 
 
@@ -87,14 +88,14 @@ def attribution_error_certificate(
         ValueError: attributions that are not finite (B, N, K), another number of games than images, too small a
             budget, or Shapley values whose variance cannot be told from 0.
     """
-    _check_request(attributions, estimator, confidence)
+    _check_request(games, attributions, budget, estimator, confidence)
     device = attributions.device if device is None else device
     moments, evaluations = [], 0
     for phi, game in _matched(attributions, games, progress):
         options: dict[str, Any] = {"num_players": len(phi), "budget": budget, "batch_size": batch_size}
         options |= {"generator": generator, "device": device}
         if estimator == "kernel":
-            estimate = kernel_shapley(game, unbiased=True, control_variate=phi, **options)
+            estimate = _kernel_estimate(game, phi, options)
         else:
             estimate = permutation_shapley(game, **options)
         moments.append(_moments(estimate, phi))
@@ -102,16 +103,26 @@ def attribution_error_certificate(
     return _summary(torch.stack(moments), confidence, evaluations)
 
 
-def _check_request(attributions: Tensor, estimator: str, confidence: float) -> None:
-    if not isinstance(attributions, Tensor) or attributions.ndim != 3 or len(attributions) < 2:
-        got = tuple(attributions.shape) if isinstance(attributions, Tensor) else type(attributions).__name__
-        raise ValueError(f"`attributions` must be (images, players, labels) with at least 2 images, got {got}.")
-    if not attributions.isfinite().all():
-        raise ValueError("`attributions` must be finite, got NaN or infinite entries: drop or repair those images.")
+def _kernel_estimate(game: Game, phi: Tensor, options: dict[str, Any]) -> ShapleyEstimate:
+    try:
+        return kernel_shapley(game, unbiased=True, control_variate=phi, **options)
+    except ValueError as error:  # it knows the attributions by another name
+        raise ValueError(str(error).replace("`control_variate`", "each image's `attributions`")) from error
+
+
+def _check_request(
+    games: Iterable[Game], attributions: Tensor, budget: int, estimator: str, confidence: float
+) -> None:
+    if not isinstance(games, Iterable):
+        raise TypeError(f"`games` must hold one game per image, got {type(games).__name__}: give a list.")
+    check_floats(attributions, "attributions", ("images", "players", "labels"), "give at least 2 images")
+    if len(attributions) < 2:
+        raise ValueError(f"`attributions` must hold at least 2 images, got {len(attributions)}.")
+    check_finite(attributions, "attributions")
+    check_count(budget, "budget")
     if estimator not in ("kernel", "permutation"):
         raise ValueError(f"`estimator` must be 'kernel' or 'permutation', got {estimator!r}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie between 0 and 1, got {confidence}.")
+    check_number(confidence, "confidence", "between 0 and 1", lambda value: 0 < value < 1)
 
 
 def _matched(attributions: Tensor, games: Iterable[Game], progress: bool) -> Iterable[tuple[Tensor, Game]]:
@@ -121,6 +132,7 @@ def _matched(attributions: Tensor, games: Iterable[Game], progress: bool) -> Ite
         game = next(remaining, None)
         if game is None:
             raise ValueError(f"`games` must hold one game per image, {len(attributions)}, got {image}.")
+        check_callable(game, f"games[{image}]", "a function from bool (coalitions, players) to (coalitions, labels)")
         yield phi, game
     if next(remaining, None) is not None:
         raise ValueError(f"`games` must hold one game per image, {len(attributions)}, got more.")

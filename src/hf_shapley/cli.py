@@ -173,8 +173,8 @@ def _load(name: str):
     try:
         model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval()
         processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise type(error)(f"Cannot load the model {name!r}: {error}") from error
+    except Exception as error:  # transformers raises many types on damaged files
+        raise OSError(f"Cannot load the model {name!r}: {error}") from error
     if not hasattr(model, "explain"):
         raise ValueError(
             f"{name!r} is a {type(model).__name__}, which does not explain itself: train it with ShapleyTrainer first."

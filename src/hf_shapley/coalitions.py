@@ -7,23 +7,25 @@ into disjoint coalitions, written as one integer per player (`coalition_ids`).
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_finite, check_generator, describe
 
-def check_coalitions(coalitions: Tensor, num_players: int, name: str = "coalitions") -> None:
-    """Raise unless `coalitions` is a bool tensor (..., num_players)."""
+
+def check_coalitions(coalitions: Tensor, num_players: int | None = None, name: str = "coalitions") -> None:
+    """Raise unless `coalitions` is a bool tensor (..., num_players); None = any number of players."""
+    wanted = f"`{name}` must be a bool tensor ending in {'all' if num_players is None else num_players} players"
     if not isinstance(coalitions, Tensor):
-        raise TypeError(
-            f"`{name}` must be a bool tensor ending in {num_players} players, got {type(coalitions).__name__}."
-        )
-    if coalitions.dtype != torch.bool or coalitions.ndim == 0 or coalitions.shape[-1] != num_players:
-        raise ValueError(
-            f"`{name}` must be a bool tensor ending in {num_players} players (True = present), "
-            f"got {coalitions.dtype} of shape {tuple(coalitions.shape)}."
-        )
+        raise TypeError(f"{wanted}, got {describe(coalitions)}.")
+    fits = coalitions.ndim > 0 and coalitions.shape[-1] == (
+        coalitions.shape[-1] if num_players is None else num_players
+    )
+    if coalitions.dtype != torch.bool or not fits:
+        raise ValueError(f"{wanted} (True = present), got {describe(coalitions)}.")
 
 
 def _check_num_players(num_players: int) -> None:
-    if num_players < 2:
-        raise ValueError(f"A game needs at least 2 players, got {num_players}: use smaller patches or a larger image.")
+    check_count(
+        num_players, "num_players", 2, "a game needs at least 2 players, so use smaller patches or larger images"
+    )
 
 
 def shapley_kernel_size_probabilities(num_players: int, device: torch.device | str | None = None) -> Tensor:
@@ -65,6 +67,9 @@ def sample_coalitions(
     Returns:
         Bool tensor (*shape, num_players), True = present.
     """
+    for size in shape:
+        check_count(size, "shape", 0)
+    check_generator(generator)
     if device is None:
         device = generator.device if generator is not None else "cpu"
     cumulative = shapley_kernel_size_probabilities(num_players, device=device).cumsum(0)
@@ -88,7 +93,8 @@ def enumerate_coalitions(num_players: int, *, device: torch.device | str | None 
     _check_num_players(num_players)
     if num_players > 24:
         raise ValueError(
-            f"Enumerating 2^{num_players} coalitions is out of reach (at most 24 players): use a sampled estimator."
+            f"`num_players`: enumerating 2^{num_players} coalitions is out of reach (at most 24 players): "
+            "use a sampled estimator."
         )
     codes = torch.arange(2 ** (num_players - 1), device=device)
     bits = torch.arange(num_players, device=device)
@@ -105,6 +111,11 @@ def ranked_coalitions(scores: Tensor) -> Tensor:
     Returns:
         Bool tensor (..., N + 1, N): row k holds the k players of highest score. Its complement holds the rest.
     """
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"`scores` must be a tensor (..., players), got {describe(scores)}.")
+    if scores.ndim == 0 or scores.shape[-1] == 0 or scores.is_complex():
+        raise ValueError(f"`scores` must be real and of shape (..., players), got {describe(scores)}.")
+    check_finite(scores, "scores")  # NaN has no rank
     num_players = scores.shape[-1]
     order = scores.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(
@@ -116,14 +127,18 @@ def ranked_coalitions(scores: Tensor) -> Tensor:
 
 def coalitions_to_ids(coalitions: Tensor) -> Tensor:
     """Coalition structure {S, complement}: bool (..., N) -> long (..., N), id 0 for S and id 1 for its complement."""
-    check_coalitions(coalitions, coalitions.shape[-1])
+    check_coalitions(coalitions)
     return (~coalitions).long()
 
 
 def ids_to_coalitions(coalition_ids: Tensor, num_coalitions: int) -> Tensor:
     """Members of each coalition: long (..., N) -> bool (..., num_coalitions, N), row c = the players of id c."""
+    if not isinstance(coalition_ids, Tensor):
+        raise TypeError(f"`coalition_ids` must be a long tensor, got {describe(coalition_ids)}.")
     if coalition_ids.dtype != torch.long:
-        raise ValueError(f"`coalition_ids` must be a long tensor, got {coalition_ids.dtype}.")
+        raise ValueError(f"`coalition_ids` must be a long tensor, got {describe(coalition_ids)}.")
+    if not torch.compiler.is_compiling():
+        check_count(num_coalitions, "num_coalitions")
     return coalition_ids.unsqueeze(-2) == torch.arange(num_coalitions, device=coalition_ids.device).unsqueeze(-1)
 
 
@@ -137,6 +152,19 @@ def sum_over_coalitions(coalitions: Tensor, votes: Tensor) -> Tensor:
     Returns:
         (..., M, K), in the dtype of `votes` (float32 for half precision).
     """
+    if not torch.compiler.is_compiling():
+        check_coalitions(coalitions)
+        _check_votes(votes, coalitions)
     dtype = torch.promote_types(votes.dtype, torch.float32)
     with torch.autocast(votes.device.type, enabled=False):
         return coalitions.to(dtype) @ votes.to(dtype)
+
+
+def _check_votes(votes: Tensor, coalitions: Tensor) -> None:
+    """Raise unless `votes` is float (..., N, K) for coalitions (..., M, N) with the same leading dimensions."""
+    wanted = f"`votes` must be a float tensor (..., players, labels) for `coalitions` {tuple(coalitions.shape)}"
+    if not isinstance(votes, Tensor):
+        raise TypeError(f"{wanted}, got {describe(votes)}.")
+    fits = coalitions.ndim >= 2 and votes.ndim == coalitions.ndim and votes.numel() > 0
+    if not votes.is_floating_point() or not fits or votes.shape[:-1] != (*coalitions.shape[:-2], coalitions.shape[-1]):
+        raise ValueError(f"{wanted}, got {describe(votes)}.")

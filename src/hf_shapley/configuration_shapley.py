@@ -3,11 +3,28 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import ConvNextConfig, ViTConfig
+from transformers.activations import ACT2FN
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from .checks import check_count, check_number, describe
 
 ATTRIBUTION_HEADS = ("votes", "votes+influence")
 INFLUENCE_BLOCKS = ("mlp", "backbone")
+SIZES = (
+    "hidden_size",
+    "hidden_sizes",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_stages",
+    "depths",
+    "num_channels",
+    "patch_size",
+    "image_size",
+)
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
 
 
 @dataclass(repr=False)
@@ -48,29 +65,88 @@ class ShapleyConfigMixin:
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             # The library registers its own pipeline: a repository's copy of it, and trust in that, is not needed.
             kwargs.pop("custom_pipelines", None)
+        self._check_backbone()
+        self._check_maps()
         super().__post_init__(**kwargs)
-        if not self.label2id and self.id2label:
+        self._check_labels()
+        self._check_head()
+
+    def __setattr__(self, name, value):
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:
+            raise TypeError(f"`{name}` must be of another type than {describe(value)}: {error}") from error
+
+    def _check_backbone(self) -> None:
+        """Refuse sizes and rates from which no model can be built."""
+        for name in SIZES:
+            value = getattr(self, name, None)
+            sizes = value if isinstance(value, list | tuple) else [value]
+            for size in [] if value is None else sizes:
+                check_count(size, name)
+            wanted = {"patch_size": 2, "image_size": 2, "hidden_sizes": None, "depths": None}
+            if isinstance(value, list | tuple) and len(value) != (wanted[name] or self.num_stages):
+                stages = "" if wanted[name] else ", one per stage (`num_stages`)"
+                raise ValueError(
+                    f"`{name}` must have {wanted[name] or self.num_stages} entries{stages}, got {list(value)}."
+                )
+        if getattr(self, "hidden_size", 0) % getattr(self, "num_attention_heads", 1):
+            raise ValueError(
+                f"`hidden_size` must be a multiple of `num_attention_heads` = {self.num_attention_heads}, "
+                f"got {self.hidden_size}."
+            )
+        for name in RATES:
+            check_number(getattr(self, name, 0), name, "between 0 and 1", lambda rate: 0 <= rate <= 1)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+
+    def _check_maps(self) -> None:
+        """Refuse label maps that are no maps, before transformers reads them."""
+        for name in ("id2label", "label2id"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise TypeError(f"`{name}` must be a dict, got {describe(getattr(self, name))}.")
+        names = self.id2label or {}
+        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+            raise ValueError(f"`id2label` must have the keys 0 to {len(names) - 1}, got {list(names)[:20]}.")
+
+    def _check_labels(self) -> None:
+        """One name per label; with a reverse map that does not contradict it."""
+        if not self.id2label:
+            raise ValueError("`id2label` must name at least one label, got none: set `num_labels` or `id2label`.")
+        if not self.label2id:
             self.label2id = {label: index for index, label in self.id2label.items()}
+        for label, index in self.label2id.items():
+            if not str(index).isdecimal() or self.id2label.get(int(index)) != label:
+                raise ValueError(
+                    f"`label2id` says {label!r} is {index!r}, `id2label` says {self.id2label.get(index)!r}: give "
+                    "`id2label` alone."
+                )
+        self.label2id = {label: int(index) for label, index in self.label2id.items()}
+
+    def _check_head(self) -> None:
+        """Refuse unknown options of the attribution head."""
         if self.attribution_head not in ATTRIBUTION_HEADS:
             raise ValueError(f"`attribution_head` must be one of {ATTRIBUTION_HEADS}, got {self.attribution_head!r}.")
         if self.influence_block not in INFLUENCE_BLOCKS:
             raise ValueError(f"`influence_block` must be one of {INFLUENCE_BLOCKS}, got {self.influence_block!r}.")
-        if self.influence_layers < 1 or self.vote_layers < 0:
-            raise ValueError(
-                "`influence_layers` must be at least 1 and `vote_layers` at least 0, "
-                f"got {self.influence_layers} and {self.vote_layers}."
-            )
+        check_count(self.influence_layers, "influence_layers")
+        check_count(self.vote_layers, "vote_layers", 0)
         if self.vote_gradient is None:
             self.vote_gradient = 1.0 if self.attribution_head == "votes" else 0.0
         for name in ("vote_gradient", "influence_gradient"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+            check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Read a config, taking plain checkpoints of the same backbone as our own and refusing other architectures."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        found = config_dict.get("model_type")
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            found = config_dict.get("model_type")
+        except (AttributeError, TypeError) as error:  # transformers takes any JSON for an object
+            raise OSError(
+                f"The config.json of {str(pretrained_model_name_or_path)!r} is not a configuration ({error}): "
+                "download or save the checkpoint again."
+            ) from error
         if found is not None and found not in (cls.model_type, cls.plain_model_type):
             raise ValueError(
                 f"{cls.__name__} reads checkpoints of type {cls.plain_model_type!r} or {cls.model_type!r}, but "
@@ -82,14 +158,14 @@ class ShapleyConfigMixin:
 
 
 class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
-    """Configuration of [`ShapleyViTForImageClassification`]: `ViTConfig` plus `ShapleyConfigMixin`."""
+    """Configuration of `ShapleyViTForImageClassification`: `ViTConfig` plus `ShapleyConfigMixin`."""
 
     model_type = "shapley-vit"
     plain_model_type = "vit"
 
 
 class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
-    """Configuration of [`ShapleyConvNextForImageClassification`]: `ConvNextConfig` plus `ShapleyConfigMixin`."""
+    """Configuration of `ShapleyConvNextForImageClassification`: `ConvNextConfig` plus `ShapleyConfigMixin`."""
 
     model_type = "shapley-convnext"
     plain_model_type = "convnext"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import check_callable, check_count, check_finite, check_floats, check_generator
 from .coalitions import ranked_coalitions, sample_coalitions
 
 Game = Callable[[Tensor], Tensor]
@@ -40,8 +41,8 @@ class _CheckedGame:
     """Call a game in batches of whole pairs, check every answer, count the evaluations."""
 
     def __init__(self, game: Game, batch_size: int, total: int, progress: bool):
-        if batch_size < 2:
-            raise ValueError(f"`batch_size` must be at least 2 (a coalition and its complement), got {batch_size}.")
+        check_callable(game, "game", "a function from bool (coalitions, players) to float (coalitions, labels)")
+        check_count(batch_size, "batch_size", 2, "a coalition and its complement go together")
         self.game = game
         self.batch_size = batch_size // 2 * 2
         self.evaluations = 0
@@ -69,7 +70,7 @@ def _check_values(values: Tensor, num_coalitions: int) -> None:
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"The game must return a float tensor, got {got}: convert its values with `.float()`.")
-    if values.ndim != 2 or len(values) != num_coalitions:
+    if values.ndim != 2 or len(values) != num_coalitions or values.shape[1] == 0:
         raise ValueError(
             f"The game must map {num_coalitions} coalitions to values ({num_coalitions}, labels), "
             f"got shape {tuple(values.shape)}: one row per coalition; a single label needs `.unsqueeze(-1)`."
@@ -79,8 +80,13 @@ def _check_values(values: Tensor, num_coalitions: int) -> None:
 
 
 def _check_num_players(num_players: int) -> None:
-    if num_players < 2:
-        raise ValueError(f"`num_players` must be at least 2, got {num_players}: cut the image finer.")
+    check_count(num_players, "num_players", 2, "cut the image finer")
+
+
+def _check_request(num_players: int, budget: int, generator: torch.Generator | None) -> None:
+    _check_num_players(num_players)
+    check_count(budget, "budget")
+    check_generator(generator)
 
 
 def _check_budget(budget: int, needed: int, num_players: int) -> None:
@@ -142,8 +148,8 @@ def exact_shapley(
     _check_num_players(num_players)
     if num_players > MAX_ENUMERATED_PLAYERS:
         raise ValueError(
-            f"Enumerating 2^{num_players} coalitions is out of reach (at most {MAX_ENUMERATED_PLAYERS} players): "
-            "use `kernel_shapley` or `permutation_shapley`."
+            f"`num_players`: enumerating 2^{num_players} coalitions is out of reach (at most {MAX_ENUMERATED_PLAYERS} "
+            "players): use `kernel_shapley` or `permutation_shapley`."
         )
     bits = torch.arange(num_players, device=device)
     codes = torch.arange(2 ** (num_players - 1), device=device)  # the last player is absent, present in the complement
@@ -237,7 +243,7 @@ def permutation_shapley(
     Raises:
         ValueError: too small a budget, or values that are not finite floats of shape (M, K).
     """
-    _check_num_players(num_players)
+    _check_request(num_players, budget, generator)
     device = _device(device, generator)
     if _covers_every_coalition(budget, num_players):
         return _exact_estimate(game, num_players=num_players, batch_size=batch_size, device=device, progress=progress)
@@ -339,7 +345,7 @@ def kernel_shapley(
         ValueError: too small a budget, a control variate of the wrong shape or without `unbiased=True`, draws that do
             not determine the regression, or values that are not finite floats of shape (M, K).
     """
-    _check_num_players(num_players)
+    _check_request(num_players, budget, generator)
     if control_variate is not None and not unbiased:
         raise ValueError("`control_variate` changes nothing in a regression: give `unbiased=True`, or leave it out.")
     device = _device(device, generator)
@@ -383,11 +389,8 @@ def _control(control_variate: Tensor | None, values: Tensor, num_players: int) -
     wanted = (num_players, values.shape[-1])
     if control_variate is None:
         return torch.zeros(wanted, dtype=torch.float64, device=values.device)
-    if control_variate.shape != wanted or not control_variate.isfinite().all():
-        raise ValueError(
-            f"`control_variate` must be a finite tensor (players, labels) = {wanted}, "
-            f"got shape {tuple(control_variate.shape)}."
-        )
+    check_floats(control_variate, "control_variate", wanted)
+    check_finite(control_variate, "control_variate")
     control = control_variate.to(values.device, torch.float64)
     return control - control.mean(0)
 

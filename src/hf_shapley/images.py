@@ -10,6 +10,8 @@ from typing import BinaryIO
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .checks import check_count
+
 MAX_PIXELS = 64_000_000
 """Largest picture that `load_image` accepts by default, in pixels."""
 
@@ -74,6 +76,7 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, *, max_pixels: i
         ValueError: a URL, or more than `max_pixels` pixels.
         TypeError: any other `source`.
     """
+    check_count(max_pixels, "max_pixels")
     if isinstance(source, Image.Image):
         _check_pixels(source.size, max_pixels, "the image")
         return to_rgb(source)
@@ -82,6 +85,8 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, *, max_pixels: i
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"`source` must be a path, bytes or a PIL.Image.Image, got {type(source).__name__}.")
     path = os.fsdecode(source)
+    if not path:
+        raise ValueError("`source` must be the path of a picture, got an empty text.")
     if path.startswith(("http://", "https://")):
         raise ValueError(f"`source` must be a local file, got the URL {path!r}: download it first.")
     # A folder, device or pipe is refused before it is opened: reading it might never end.

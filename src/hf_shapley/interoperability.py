@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .checks import check_finite, check_floats, known_labels
 from .images import load_image
 
 if TYPE_CHECKING:
@@ -45,13 +46,16 @@ def to_shap_explanation(
         raise ImportError(
             "`to_shap_explanation` needs shap: install it with `pip install hf_shapley[interop]`."
         ) from error
-    if maps.ndim != 4:
-        raise ValueError(
-            f"`maps` must be of shape (batch, labels, h, w), got {tuple(maps.shape)}: see `model.explain`."
-        )
+    check_floats(maps, "maps", ("batch", "labels", "h", "w"), "see `model.explain`")
     batch, labels = maps.shape[:2]
-    if base_values.shape not in ((labels,), (batch, labels)):
-        raise ValueError(f"`base_values` must hold one value per label ({labels}), got {tuple(base_values.shape)}.")
+    check_floats(
+        base_values,
+        "base_values",
+        (batch, labels) if getattr(base_values, "ndim", 1) == 2 else (labels,),
+        "one value per label",
+    )
+    for name, tensor in (("maps", maps), ("base_values", base_values)):
+        check_finite(tensor, name)
     names = [str(label) for label in range(labels)] if label_names is None else list(label_names)
     if len(names) != labels:
         raise ValueError(f"`label_names` must hold {labels} names, got {len(names)}.")
@@ -110,9 +114,10 @@ def as_shapiq_game(
     Returns:
         A callable from bool (M, N) to float64 (M) with the attribute `n_players`.
     """
-    if pixel_values.ndim == 3:
+    if isinstance(pixel_values, Tensor) and pixel_values.ndim == 3:
         pixel_values = pixel_values.unsqueeze(0)
-    if pixel_values.ndim != 4 or len(pixel_values) != 1:
+    model._check_pixels(pixel_values, None, check_values=True)
+    if len(pixel_values) != 1:
         raise ValueError(f"`pixel_values` must hold one image (C, H, W), got {tuple(pixel_values.shape)}.")
     return ImageGame(model, pixel_values, _label_id(model, label), batch_size)
 
@@ -141,7 +146,7 @@ def captum_forward(
         `forward_func(presence, pixel_values)` -> (B, K) in logits, presence (B, h, w) of ones, and the feature mask
         (1, h, w) long that numbers the players.
     """
-    height, width = model.grid_size(*pixel_values.shape[-2:])
+    height, width = model._check_pixels(pixel_values, None, check_values=True)
 
     def forward_func(presence: Tensor, pixel_values: Tensor) -> Tensor:
         present = presence.flatten(1) > 0.5
@@ -223,10 +228,4 @@ def _explain(
 
 
 def _label_id(model: PreTrainedModel, label: int | str) -> int:
-    config = model.config
-    label_id = config.label2id.get(label) if isinstance(label, str) else int(label)
-    if label_id not in range(config.num_labels):
-        raise ValueError(
-            f"A label must be one of {list(config.label2id)[:20]} or an id below {config.num_labels}, got {label!r}."
-        )
-    return label_id
+    return known_labels([label], model.config.id2label, "label")[0]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .coalitions import sum_over_coalitions
+from .checks import check_count, check_floats, check_label_ids
+from .coalitions import check_coalitions, sum_over_coalitions
 
 
 def shapley_loss(attributions: Tensor, coalitions: Tensor, gains: Tensor) -> Tensor:
@@ -27,13 +28,15 @@ def shapley_loss(attributions: Tensor, coalitions: Tensor, gains: Tensor) -> Ten
     Returns:
         Scalar.
     """
+    _check_pairs(attributions, coalitions)
+    check_floats(gains, "gains", (*coalitions.shape[:2], attributions.shape[-1]))
     return attributions.shape[-2] * F.mse_loss(sum_over_coalitions(coalitions, attributions), gains)
 
 
 def paired_shapley_loss(
     attributions: Tensor, coalitions: Tensor, gains: Tensor, *, odd_weight: float = 1.0, even_weight: float = 1.0
 ) -> Tensor:
-    """[`shapley_loss`] over coalitions and their complements, its odd and even part weighted apart.
+    """`shapley_loss` over coalitions and their complements, its odd and even part weighted apart.
 
     With residuals r(S) = v(S) - v(empty) - sum_S phi, the odd part (r(S) - r(~S)) / 2 is what Shapley values depend
     on. The even part (r(S) + r(~S)) / 2 does not depend on how phi is split among players, only on its sum: it
@@ -49,6 +52,8 @@ def paired_shapley_loss(
     Returns:
         Scalar.
     """
+    _check_pairs(attributions, coalitions)
+    check_floats(gains, "gains", (*coalitions.shape[:2], 2, attributions.shape[-1]))
     additive = torch.stack(
         [sum_over_coalitions(coalitions, attributions), sum_over_coalitions(~coalitions, attributions)], dim=2
     )
@@ -60,7 +65,9 @@ def paired_shapley_loss(
 def paired_residual_loss(
     residuals: Tensor, num_players: int, *, odd_weight: float = 1.0, even_weight: float = 1.0
 ) -> Tensor:
-    """[`paired_shapley_loss`] from the residuals r of each coalition and its complement, (B, R, 2, K)."""
+    """`paired_shapley_loss` from the residuals r of each coalition and its complement, (B, R, 2, K)."""
+    check_floats(residuals, "residuals", ("images", "pairs", 2, "labels"))
+    check_count(num_players, "num_players", 2)
     of_coalition, of_complement = residuals.unbind(dim=2)  # (B, R, K) each
     odd = (of_coalition - of_complement).square().mean() / 4
     even = (of_coalition + of_complement).square().mean() / 4
@@ -78,10 +85,27 @@ def coalition_loss(values: Tensor, logits: Tensor, *, multi_label: bool = False)
     Returns:
         Scalar, mean over images and coalitions.
     """
+    _check_values(values)
+    check_floats(logits, "logits", (len(values), values.shape[-1]))
     logits = logits.detach().reshape(len(logits), *[1] * (values.ndim - 2), -1).expand_as(values)
     if multi_label:
         return F.binary_cross_entropy_with_logits(values, logits.sigmoid())
     return -(logits.softmax(-1) * values.log_softmax(-1)).sum(-1).mean()
+
+
+def coalition_regression_loss(values: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of the coalitions' values with the full image's prediction or the true targets.
+
+    Args:
+        values: v(S), (B, ..., K).
+        targets: (B, K), or (B) where K = 1; no gradient flows to it.
+
+    Returns:
+        Scalar, mean over images, coalitions and targets.
+    """
+    _check_values(values)
+    targets = targets.detach().reshape(len(targets), *[1] * (values.ndim - 2), -1)
+    return F.mse_loss(values, targets.to(values.dtype).expand_as(values))
 
 
 def coalition_label_loss(values: Tensor, labels: Tensor, *, multi_label: bool = False) -> Tensor:
@@ -95,7 +119,28 @@ def coalition_label_loss(values: Tensor, labels: Tensor, *, multi_label: bool = 
     Returns:
         Scalar, mean over images and coalitions.
     """
+    _check_values(values)
     flat = values.flatten(1, -2)  # (B, coalitions, K)
     if multi_label:
-        return F.binary_cross_entropy_with_logits(flat, labels.to(flat.dtype).unsqueeze(1).expand_as(flat))
+        labels = labels.to(flat.dtype) if isinstance(labels, Tensor) else labels
+        check_floats(labels, "labels", (len(values), values.shape[-1]))
+        return F.binary_cross_entropy_with_logits(flat, labels.unsqueeze(1).expand_as(flat))
+    # Elsewhere than on the CPU the check would make the host wait in every training step.
+    if not isinstance(labels, Tensor) or labels.device.type == "cpu":
+        labels = check_label_ids(labels, "labels", len(flat), flat.shape[-1], may_be_unknown=True)
     return F.cross_entropy(flat.transpose(1, 2), labels.unsqueeze(1).expand(flat.shape[:2]))
+
+
+def _check_pairs(attributions: Tensor, coalitions: Tensor) -> None:
+    check_floats(attributions, "attributions", ("images", "players", "labels"))
+    check_coalitions(coalitions, attributions.shape[1])
+    if coalitions.ndim != 3 or len(coalitions) != len(attributions) or coalitions.shape[1] == 0:
+        raise ValueError(
+            f"`coalitions` must be of shape ({len(attributions)}, coalitions, {attributions.shape[1]}), one list per "
+            f"image of `attributions`, got {tuple(coalitions.shape)}."
+        )
+
+
+def _check_values(values: Tensor) -> None:
+    extra = max(1, getattr(values, "ndim", 0) - 2)
+    check_floats(values, "values", ("images", *["coalitions"] * extra, "labels"))

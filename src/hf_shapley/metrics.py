@@ -16,6 +16,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import (
+    check_callable,
+    check_count,
+    check_floats,
+    check_generator,
+    check_label_ids,
+    check_number,
+    check_pair,
+    check_sequence,
+    describe,
+)
 from .coalitions import check_coalitions, enumerate_coalitions, ranked_coalitions, sample_coalitions
 
 BatchedGame = Callable[[Tensor], Tensor]
@@ -53,8 +64,8 @@ def _pairwise(first: Tensor, second: Tensor) -> Tensor:
 @torch.no_grad()
 def _evaluate(game: BatchedGame, coalitions: Tensor, batch_size: int, progress: bool = False) -> Tensor:
     """Call the game in batches of whole pairs and check each answer: (B, M, N) -> float64 (B, M, K)."""
-    if batch_size < 2:
-        raise ValueError(f"`batch_size` must be at least 2 (a coalition and its complement), got {batch_size}.")
+    check_callable(game, "game", "a function from bool (images, coalitions, players) to (images, coalitions, labels)")
+    check_count(batch_size, "batch_size", 2, "a coalition and its complement go together")
     images = len(coalitions)
     chunks = coalitions.split(max(2, batch_size // images // 2 * 2), dim=1)
     values = []
@@ -68,7 +79,7 @@ def _check_batched_values(values: Tensor, coalitions: Tensor) -> None:
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"The game must return a float tensor, got {got}: convert its values with `.float()`.")
-    if values.ndim != 3 or values.shape[:2] != coalitions.shape[:2]:
+    if values.ndim != 3 or values.shape[:2] != coalitions.shape[:2] or values.shape[2] == 0:
         raise ValueError(
             f"The game must map coalitions (images, coalitions, players) = {tuple(coalitions.shape)} to values "
             f"(images, coalitions, labels), got shape {tuple(values.shape)}: is it a game of the same images?"
@@ -122,13 +133,7 @@ def _check_labels(labels: Tensor | None, ends: Tensor) -> Tensor:
     images, _, num_labels = ends.shape
     if labels is None:
         return ends[:, 1].argmax(-1)
-    labels = torch.as_tensor(labels, device=ends.device)
-    if labels.shape != (images,) or labels.is_floating_point() or labels.min() < 0 or labels.max() >= num_labels:
-        raise ValueError(
-            f"`labels` must be {images} integers from 0 to {num_labels - 1}, one per image, "
-            f"got shape {tuple(labels.shape)} and values {labels.flatten()[:8].tolist()}."
-        )
-    return labels.long()
+    return check_label_ids(labels, "labels", images, num_labels).to(ends.device)
 
 
 def _attributions_of(attributions: Tensor, labels: Tensor, num_labels: int) -> Tensor:
@@ -274,8 +279,12 @@ def comprehensiveness_sufficiency(
     Raises:
         ValueError: no shares or shares outside (0, 1], and as `insertion_deletion`.
     """
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"`shares` must be one or more numbers in (0, 1], got {shares}.")
+    wanted = "one or more numbers in (0, 1]"
+    shares = check_sequence(shares, "shares", wanted)
+    for share in shares:
+        check_number(share, "shares", "in (0, 1]", lambda value: 0 < value <= 1)
+    if not shares:
+        raise ValueError(f"`shares` must be {wanted}, got none.")
     target = _LabelGame(game, attributions, labels, link, batch_size, progress)
     # The tolerance keeps 0.07 * 100 = 7.000000000000001 at 7 players.
     sizes = [math.ceil(share * attributions.shape[1] - 1e-9) for share in shares]
@@ -318,15 +327,14 @@ def aopc_bounds(
     Raises:
         ValueError: too many players for exact bounds, a beam size under 1.
     """
+    check_count(num_players, "num_players", 2)
     if num_players < 2 or (beam_size is None and num_players > 16):
         raise ValueError(
-            f"Exact bounds need 2 to 16 players, got {num_players}: give `beam_size` for a search instead."
+            f"`num_players`: exact bounds need 2 to 16 players, got {num_players}: give `beam_size` for a search."
         )
-    if beam_size is not None and beam_size < 1:
-        raise ValueError(f"`beam_size` must be at least 1, got {beam_size}.")
-    labels = torch.as_tensor(labels)
-    if labels.ndim != 1 or len(labels) == 0:
-        raise ValueError(f"`labels` must be one integer per image, (images,), got shape {tuple(labels.shape)}.")
+    if beam_size is not None:
+        check_count(beam_size, "beam_size")
+    labels = check_label_ids(labels, "labels", len(check_sequence(labels, "labels", "one integer per image")))
     blank = torch.zeros(len(labels), num_players, dtype=torch.float64, device=labels.device)
     target = _LabelGame(game, blank, labels, link, batch_size, progress)
     if beam_size is None:
@@ -399,6 +407,8 @@ def normalised_aopc(aopc: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     Returns:
         (B,); 0 for the worst order, 1 for the best one; NaN where every order is as good.
     """
+    for name, tensor in (("aopc", aopc), ("lower", lower), ("upper", upper)):
+        check_floats(tensor, name, ("images",))
     if not aopc.shape == lower.shape == upper.shape:
         raise ValueError(
             f"`aopc`, `lower` and `upper` must share a shape (images,), "
@@ -427,13 +437,21 @@ def sample_uniform_sizes(
     Returns:
         Bool (B, M, N).
     """
-    if num_samples < 2 or num_samples % 2:
-        raise ValueError(f"`num_samples` must be even and at least 2 (coalitions come in pairs), got {num_samples}.")
+    check_count(images, "images")
+    check_count(num_players, "num_players")
+    _check_even(num_samples)
+    check_generator(generator)
     sizes = torch.randint(
         num_players + 1, (images, num_samples // 2, 1), generator=generator, device=_draw_device(device, generator)
     )
     first = _sample_members(sizes, num_players, generator)
     return _pairwise(first, ~first).to(device)
+
+
+def _check_even(num_samples: int) -> None:
+    check_count(num_samples, "num_samples", 2)
+    if num_samples % 2:
+        raise ValueError(f"`num_samples` must be even and at least 2 (coalitions come in pairs), got {num_samples}.")
 
 
 def _draw_device(device: torch.device | str | None, generator: torch.Generator | None) -> torch.device | str | None:
@@ -576,10 +594,12 @@ def sensitivity_n(
     """
     target = _LabelGame(game, attributions, labels, link, batch_size, progress)
     images, players = attributions.shape[:2]
-    if not sizes or not all(1 <= size < players for size in sizes):
-        raise ValueError(f"`sizes` must be one or more integers from 1 to {players - 1}, got {list(sizes)}.")
-    if num_samples < 2:
-        raise ValueError(f"`num_samples` must be at least 2, got {num_samples}: a correlation needs two points.")
+    wanted = f"one or more integers from 1 to {players - 1}"
+    sizes = check_sequence(sizes, "sizes", wanted)
+    if not sizes or not all(isinstance(size, int) and 1 <= size < players for size in sizes):
+        raise ValueError(f"`sizes` must be {wanted}, got {sizes}.")
+    check_count(num_samples, "num_samples", 2, "a correlation needs two points")
+    check_generator(generator)
     device = _draw_device(attributions.device, generator)
     wanted = torch.tensor(sizes, device=device).repeat_interleave(num_samples).view(1, -1, 1).expand(images, -1, 1)
     removed = _sample_members(wanted, players, generator).to(attributions.device)  # (images, sizes * samples, players)
@@ -724,9 +744,9 @@ def interaction_share(
     images, players = attributions.shape[:2]
     if coalitions is not None:
         coalitions = _check_drawn(coalitions, attributions, minimum=2)
-    elif num_samples < 2 or num_samples % 2:
-        raise ValueError(f"`num_samples` must be even and at least 2 (coalitions come in pairs), got {num_samples}.")
     else:
+        _check_even(num_samples)
+        check_generator(generator)
         device = _draw_device(attributions.device, generator)
         half = sample_coalitions(images, num_samples // 2, num_players=players, generator=generator, device=device).to(
             attributions.device
@@ -770,17 +790,19 @@ def make_mosaics(
     Raises:
         ValueError: shapes that do not fit, or fewer labels than cells.
     """
-    if images.ndim != 4 or labels.shape != images.shape[:1] or len(images) == 0:
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.numel() == 0:
         raise ValueError(
-            "`images` and `labels` must be (images, channels, height, width) and (images,), and not empty, "
-            f"got {tuple(images.shape)} and {tuple(labels.shape)}."
+            f"`images` must be a tensor (images, channels, height, width) and not empty, got {describe(images)}."
         )
-    rows, columns = grid
+    labels = check_label_ids(labels, "labels", len(images))
+    check_count(num_mosaics, "num_mosaics")
+    check_generator(generator)
+    rows, columns = check_pair(grid, "grid", "two integers of at least 1, rows and columns")
     members = [(labels == label).nonzero().flatten() for label in labels.unique()]
-    if rows < 1 or columns < 1 or num_mosaics < 1 or len(members) < rows * columns:
+    if len(members) < rows * columns:
         raise ValueError(
-            f"A mosaic of {rows} x {columns} cells needs as many distinct labels, got {len(members)}: "
-            f"give more labels or a smaller grid (and `num_mosaics` of at least 1, got {num_mosaics})."
+            f"`grid`: a mosaic of {rows} x {columns} cells needs as many distinct labels, got {len(members)} in "
+            "`labels`: give more labels or a smaller grid."
         )
     drawn = []
     for _ in range(num_mosaics):
@@ -810,17 +832,13 @@ def grid_pointing_game(maps: Tensor, cells: Tensor, *, grid: tuple[int, int] = (
         ValueError: maps that are not finite or not divisible by the grid, cells out of range.
     """
     _check_finite(maps, "maps", ("images", "height", "width"))
-    rows, columns = grid
+    rows, columns = check_pair(grid, "grid", "two integers of at least 1, rows and columns")
     height, width = maps.shape[1:]
-    if rows < 1 or columns < 1 or height % rows or width % columns:
+    if height % rows or width % columns:
         raise ValueError(
-            f"`maps` must divide into {rows} x {columns} equal cells, got {height} x {width}: resize them."
+            f"`maps` must divide into {rows} x {columns} equal cells (`grid`), got {height} x {width}: resize them."
         )
-    if cells.shape != maps.shape[:1] or cells.min() < 0 or cells.max() >= rows * columns:
-        raise ValueError(
-            f"`cells` must be {len(maps)} integers from 0 to {rows * columns - 1}, one per map, "
-            f"got shape {tuple(cells.shape)} and values {cells.flatten()[:8].tolist()}."
-        )
+    cells = check_label_ids(cells, "cells", len(maps), rows * columns)
     positive = maps.double().clamp(min=0)
     per_cell = (
         positive.view(-1, rows, height // rows, columns, width // columns).sum((2, 4)).flatten(1)
@@ -891,8 +909,8 @@ def attribution_correlation(attributions: Tensor, references: Tensor) -> Agreeme
 def error_ratio(attributions: Tensor, references: Tensor) -> Agreement:
     """Mean squared error of attributions over the variance of the reference values (1 - R^2); 0 is exact.
 
-    Per image mean_(i, k) (phi - phi*)^2 / var_(i, k) phi*, the variance with denominator N K; pooled: the sum over
-    images of the numerators over the sum of the denominators. Unlike a correlation it sees a wrong scale.
+    Per image `mean (phi - phi*)^2 / var phi*` over players and labels, the variance with denominator N K; pooled: the
+    sum over images of the numerators over the sum of the denominators. Unlike a correlation it sees a wrong scale.
 
     Args:
         attributions: (B, N, K) or (B, N).

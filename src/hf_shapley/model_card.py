@@ -161,7 +161,9 @@ def format_number(value: int | float) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`value` must be an int or a float, got {value!r}: call `.item()` on tensors and arrays.")
     if not math.isfinite(value):
-        raise ValueError(f"A card shows finite numbers only, got {value}: measure again or leave the entry out.")
+        raise ValueError(
+            f"`value`: a card shows finite numbers only, got {value}: measure again or leave the entry out."
+        )
     if abs(value) >= 1e15:
         return f"{value:.4g}"
     return str(round(value)) if value == int(value) or abs(value) >= 1e4 else f"{value:.4g}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
+from .checks import known_labels
 from .images import load_image
 from .visualization import overlay, processor_geometry, symmetric_scale
 
@@ -130,16 +131,8 @@ class ShapleyImageClassificationPipeline(Pipeline):
 
     def _label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Label ids of names or ids, each once."""
-        config = self.model.config
-        labels = [labels] if isinstance(labels, int | str) else list(labels)
-        ids = [config.label2id.get(label, label) if isinstance(label, str) else int(label) for label in labels]
-        unknown = [label for label in ids if label not in range(config.num_labels)]
-        if unknown or not ids:
-            raise ValueError(
-                f"`labels` must name at least one of {list(config.label2id)[:20]} or give ids below "
-                f"{config.num_labels}, got {unknown or labels}."
-            )
-        return list(dict.fromkeys(ids))
+        labels = [labels] if isinstance(labels, int | str) else labels
+        return list(dict.fromkeys(known_labels(labels, self.model.config.id2label)))
 
     def preprocess(self, source: Any, keep_image: bool = False, timeout: float = 30.0) -> dict[str, Any]:
         """Any input -> pixel_values (1, C, H, W), and the upright RGB picture if it is needed later."""

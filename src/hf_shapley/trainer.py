@@ -5,17 +5,19 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .attribution_head import ShapleyImageClassifierOutput, scale_gradient
 from .checkpoints import complete_checkpoint, marked_incomplete
+from .checks import check_count, check_number
 from .coalitions import coalitions_to_ids, sample_coalitions
 from .hub import keep_card_of_hub
-from .losses import coalition_label_loss, coalition_loss, paired_residual_loss
+from .losses import coalition_label_loss, coalition_loss, coalition_regression_loss, paired_residual_loss
 from .model_card import write_model_card
 from .training_card import render_training_card
 
@@ -53,13 +55,13 @@ class ShapleyTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        unit = {"shapley_warmup": (0, 1), "value_gradient": (0, 1), "shapley_fraction": (1e-9, 1)}
-        weights = dict.fromkeys(("shapley_weight", "coalition_weight", "odd_weight", "even_weight"), (0, float("inf")))
-        counts = dict.fromkeys(("num_pairs", "shapley_every"), (1, float("inf")))
-        for name, (low, high) in {**unit, **weights, **counts}.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+        for name in ("shapley_warmup", "value_gradient"):
+            check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
+        check_number(self.shapley_fraction, "shapley_fraction", "above 0, at most 1", lambda share: 0 < share <= 1)
+        for name in ("shapley_weight", "coalition_weight", "odd_weight", "even_weight"):
+            check_number(getattr(self, name), name, "0 or more, finite", lambda weight: 0 <= weight < float("inf"))
+        for name in ("num_pairs", "shapley_every"):
+            check_count(getattr(self, name), name)
         if self.coalition_target not in COALITION_TARGETS:
             raise ValueError(f"`coalition_target` must be one of {COALITION_TARGETS}, got {self.coalition_target!r}.")
         if self.ddp_find_unused_parameters is None:
@@ -123,8 +125,12 @@ class ShapleyTrainer(Trainer):
         """The joint loss's unweighted terms, from the sums over pairs of coalitions (B', R, 2, K) of a forward."""
         gains = outputs.coalition_gains
         values = outputs.base_values + gains
-        multi_label = self.model.config.problem_type == "multi_label_classification"
-        if self.args.coalition_target == "label":
+        problem = self.model.config.problem_type
+        multi_label = problem == "multi_label_classification"
+        if problem == "regression":
+            targets = labels if self.args.coalition_target == "label" else outputs.logits
+            coalition = coalition_regression_loss(values, targets[: len(values)])
+        elif self.args.coalition_target == "label":
             coalition = coalition_label_loss(values, labels[: len(values)], multi_label=multi_label)
         else:
             coalition = coalition_loss(values, outputs.logits[: len(values)], multi_label=multi_label)
@@ -157,7 +163,7 @@ class ShapleyTrainer(Trainer):
             self._term_counts.clear()
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer` does, going on only from a checkpoint that was written to its end.
 
         Args:
@@ -166,7 +172,7 @@ class ShapleyTrainer(Trainer):
             **kwargs: passed on.
 
         Returns:
-            What `Trainer.train` returns.
+            As `Trainer.train`: the last step, the mean loss and the metrics.
 
         Raises:
             ValueError: no complete checkpoint there.

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from .checks import check_count, check_number, check_pair, check_sequence, describe
 from .images import to_rgb
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def symmetric_scale(maps: Any) -> float:
         Scale in logits, > 0: 1.0 if every attribution is 0.
     """
     maps = maps if isinstance(maps, list | tuple) else [maps]
-    return max((_finite(values, "maps").abs().max().item() for values in maps), default=0.0) or 1.0
+    if not maps:
+        raise ValueError("`maps` must hold at least one map, got an empty list.")
+    return max(_finite(values, "maps").abs().max().item() for values in maps) or 1.0
 
 
 def processor_geometry(image_processor: BaseImageProcessor, image_size: tuple[int, int]) -> Box:
@@ -63,9 +66,7 @@ def processor_geometry(image_processor: BaseImageProcessor, image_size: tuple[in
     Returns:
         (left, top, right, bottom) in original pixels; beyond the picture where the crop pads.
     """
-    width, height = image_size
-    if width < 1 or height < 1:
-        raise ValueError(f"`image_size` must be (width, height) of at least one pixel each, got {image_size}.")
+    width, height = check_pair(image_size, "image_size", "(width, height) of at least one pixel each")
     resized: tuple[int, int] = (width, height)
     crops: list[tuple[int, int]] = []
     if image_processor.do_resize:
@@ -133,6 +134,7 @@ def place_map(attribution_map: Any, image_size: tuple[int, int], *, box: Box | N
         Float64 tensor (height, width); NaN where the model does not see the picture.
     """
     values = _finite_map(attribution_map)
+    image_size = check_pair(image_size, "image_size", "(width, height) of at least one pixel each")
     box, (columns, rows) = _check_box(box, image_size), image_size
     placed = torch.full((rows, columns), torch.nan, dtype=values.dtype)
     (top, row_patches), (left, column_patches) = _patch_indices(box, image_size, values.shape)
@@ -170,8 +172,7 @@ def map_colours(
     """
     values = _finite_map(attribution_map)
     scale = symmetric_scale(values) if scale is None else _check_scale(scale)
-    if len(cmap) < 3 or len(cmap) % 2 == 0:
-        raise ValueError(f"`cmap` must have an odd number of colours, at least 3 (the middle is 0), got {len(cmap)}.")
+    _check_colours(cmap)
     colours = torch.tensor(cmap, dtype=torch.float64)  # (colours, 3)
     position = ((values / scale).clamp(-1, 1) + 1) / 2 * (len(cmap) - 1)  # (h, w), 0 ... colours - 1
     lower = position.floor().clamp(max=len(cmap) - 2).long()
@@ -204,8 +205,7 @@ def overlay(
     Returns:
         New RGB image of the upright picture's size.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha` must be between 0 and 1, got {alpha}.")
+    check_number(alpha, "alpha", "between 0 and 1", lambda value: 0 <= value <= 1)
     blended = to_rgb(image)
     box = _check_box(box, blended.size)
     colours = map_colours(attribution_map, scale=scale, cmap=cmap)
@@ -292,13 +292,12 @@ def attribution_grid(
     maps = _finite(maps, "maps")
     if maps.ndim != 4:
         raise ValueError(f"`maps` must be of shape (images, labels, h, w), got {tuple(maps.shape)}.")
-    if blocks_per_row < 1:
-        raise ValueError(f"`blocks_per_row` must be at least 1, got {blocks_per_row}.")
+    check_count(blocks_per_row, "blocks_per_row")
     count, panels = len(maps), 1 + maps.shape[1]
     titles = [""] * count if titles is None else titles
     boxes = [None] * count if boxes is None else boxes
     for name, given in (("images", images), ("labels", labels), ("titles", titles), ("boxes", boxes)):
-        if len(given) != count:
+        if len(check_sequence(given, name, "a list with one entry per image of `maps`")) != count:
             raise ValueError(f"`{name}` must have one entry per image of `maps` ({count}), got {len(given)}.")
     scale = symmetric_scale(maps) if scale is None else _check_scale(scale)
 
@@ -340,7 +339,7 @@ def _draw_block(
     **colouring: Any,
 ) -> None:
     """Draw one picture and its overlays (labels, h, w) into as many axes plus one."""
-    if len(labels) != len(maps):
+    if len(check_sequence(labels, "labels", "one title per map")) != len(maps):
         raise ValueError(f"`labels` must name the {len(maps)} maps of every image, got {len(labels)}: {list(labels)}.")
     image, box = _thumbnail(image, box)
     block[0].imshow(image)
@@ -371,9 +370,15 @@ def _colour_bar(figure: "Figure", axes: Any, scale: float, cmap: Sequence[Colour
 
 def _finite(values: Any, name: str) -> Tensor:
     """Any array, or list of arrays of one shape, of finite numbers as a float64 tensor on the CPU."""
-    if isinstance(values, list | tuple):
-        values = torch.stack([torch.as_tensor(value) for value in values])
-    tensor = torch.as_tensor(values).detach().cpu().double()
+    try:
+        if isinstance(values, list | tuple):
+            values = torch.stack([torch.as_tensor(value) for value in values])
+        tensor = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`{name}` must be an array of numbers, got {describe(values)}: {error}.") from error
+    if tensor.is_complex():
+        raise TypeError(f"`{name}` must be real numbers, got {describe(tensor)}.")
+    tensor = tensor.double()
     if tensor.numel() == 0:
         raise ValueError(f"`{name}` must not be empty, got shape {tuple(tensor.shape)}.")
     if not tensor.isfinite().all():
@@ -390,15 +395,30 @@ def _finite_map(attribution_map: Any) -> Tensor:
 
 
 def _check_scale(scale: float) -> float:
-    if not (isfinite(scale) and scale > 0):
-        raise ValueError(f"`scale` must be a finite number of logits above 0, got {scale}: use `symmetric_scale`.")
+    check_number(
+        scale, "scale", "a finite number of logits above 0 (see `symmetric_scale`)", lambda x: isfinite(x) and x > 0
+    )
     return scale
+
+
+def _check_colours(cmap: Sequence[Colour]) -> None:
+    wanted = "an odd number of colours (red, green, blue), at least 3 (the middle is 0)"
+    colours = [check_sequence(colour, "cmap", wanted) for colour in check_sequence(cmap, "cmap", wanted)]
+    fits = all(len(colour) == 3 and all(0 <= channel <= 255 for channel in colour) for colour in colours)
+    if len(colours) < 3 or len(colours) % 2 == 0 or not fits:
+        raise ValueError(f"`cmap` must have {wanted}, got {describe(cmap)}.")
 
 
 def _check_box(box: Box | None, image_size: tuple[int, int]) -> Box:
     if box is None:
         return 0.0, 0.0, float(image_size[0]), float(image_size[1])
-    left, top, right, bottom = box
+    wanted = "(left, top, right, bottom) with left < right and top < bottom"
+    corners = check_sequence(box, "box", wanted)
+    if len(corners) != 4:
+        raise ValueError(f"`box` must be {wanted}, got {describe(box)}.")
+    for corner in corners:
+        check_number(corner, "box", wanted, isfinite)
+    left, top, right, bottom = corners
     if not (left < right and top < bottom):
         raise ValueError(f"`box` must be (left, top, right, bottom) with left < right and top < bottom, got {box}.")
     return box
