@@ -2,21 +2,25 @@
 
 import dataclasses
 import inspect
+import json
+import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import make_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import hf_shapley
 from hf_shapley import certificate, coalitions, estimators, images, interoperability, losses, metrics, model_card
 from hf_shapley import visualization as vis
+from hf_shapley.cli import main
 
 SOURCE = str(Path(hf_shapley.__file__).parent)
 B, M, N, K = 2, 4, 5, 3  # images, coalitions, players, labels
@@ -561,3 +565,147 @@ def repeatable(call: Call, value: torch.Tensor, argument: str) -> list[torch.Ten
         if isinstance(generator, torch.Generator):
             generator.manual_seed(0)
     return tensors_in(call.function(**arguments))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for backbone in ("vit", "convnext"):
+        folders[backbone] = tmp_path_factory.mktemp(backbone)
+        make_model(backbone, attribution_head="votes+influence", hidden_act="gelu").save_pretrained(folders[backbone])
+    return folders
+
+
+@pytest.fixture(params=["vit", "convnext"])
+def checkpoint(request, checkpoints, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(checkpoints[request.param], tmp_path / "copy")
+
+
+def model_class(folder: Path) -> type:
+    return getattr(hf_shapley, json.loads((folder / "config.json").read_text())["architectures"][0])
+
+
+@pytest.mark.parametrize("kept", [0.0, 1e-5, 1e-4, 0.01, 0.3, 0.9, 0.99999])
+def test_truncated_weights_are_refused(kept, checkpoint):
+    path = checkpoint / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(OSError, match="weights of .* are damaged .* download or save them again"):
+        model_class(checkpoint).from_pretrained(checkpoint)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(place=st.integers(0, 3000), byte=st.integers(0, 255), backbone=st.sampled_from(["vit", "convnext"]))
+def test_a_changed_byte_in_the_header_of_the_weights_is_refused_or_harmless(place, byte, backbone, checkpoints):
+    folder = checkpoints[backbone]
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:place] + bytes([byte]) + data[place + 1 :])
+    try:
+        model = model_class(folder).from_pretrained(folder)
+    except (OSError, ValueError):
+        return
+    finally:
+        path.write_bytes(data)
+    assert model(draw(1, 3, 16, 24)).logits.shape == (1, 5)
+
+
+def test_weights_that_do_not_belong_to_the_configuration_are_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    cls = model_class(checkpoint)
+    name = next(key for key in weights if key.startswith(cls.base_model_prefix) and len(weights[key]) > 1)
+    changed = {
+        "lacks 1 weights of the backbone": {key: value for key, value in weights.items() if key != name},
+        "has, beyond its configuration, 1": {**weights, f"{cls.base_model_prefix}.layers.9.extra": torch.zeros(2)},
+        "other sizes than its configuration": {**weights, name: weights[name][:1].clone()},
+    }
+    for message, tensors_of in changed.items():
+        safetensors.torch.save_file(tensors_of, path, metadata={"format": "pt"})
+        with pytest.raises((OSError, ValueError), match=message):
+            cls.from_pretrained(checkpoint)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(data=st.data(), backbone=st.sampled_from(["vit", "convnext"]))
+def test_any_entry_of_a_configuration_file_gives_a_working_model_or_a_refusal(data, backbone, checkpoints):
+    folder = checkpoints[backbone]
+    text = (folder / "config.json").read_text()
+    entries = json.loads(text)
+    ignored = {"architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version", "model_type"}
+    name = data.draw(st.sampled_from(sorted(entries.keys() - ignored)))
+    value = data.draw(ANY_JSON)
+    config = model_class(folder).config_class
+    try:
+        made = config(**{**entries, name: value})
+        model = model_class(folder)._from_config(made)
+        height, width = made.image_size if backbone == "vit" and not isinstance(made.image_size, int) else (16, 24)
+        logits = model(torch.zeros(1, made.num_channels, height, width)).logits
+    except (OSError, ValueError, TypeError):
+        return
+    assert logits.shape == (1, made.num_labels)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"text"', '{"model_type": "bert"}', '{"hidden_size": "x"}']
+)
+def test_a_configuration_file_that_is_none_is_refused(text, checkpoint):
+    cls = model_class(checkpoint)
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises((OSError, ValueError, TypeError)):
+        cls.from_pretrained(checkpoint)
+
+
+def test_a_name_that_two_labels_share_is_refused_where_one_is_meant():
+    model = make_model("vit", num_labels=3, id2label={0: "crane", 1: "ship", 2: "crane"}, label2id={})
+    pixels = draw(1, 3, 16, 24)
+    with pytest.raises(ValueError, match=r"\[0, 2\] share the name 'crane': give the id"):
+        model.explain(pixels, ["crane"])
+    torch.testing.assert_close(model.explain(pixels, [2, "ship"]), model.explain(pixels)[:, [2, 1]])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      "),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").write_text("[]"),
+        lambda folder: (folder / "config.json").write_text('{"model_type": "shapley-vit", "hidden_size": 0}'),
+        lambda folder: (folder / "preprocessor_config.json").write_text("{"),
+        lambda folder: shutil.rmtree(folder),
+    ],
+)
+def test_the_command_says_in_one_line_which_model_is_damaged(damage, checkpoint, tmp_path, capsys):
+    PICTURE.save(tmp_path / "picture.png")
+    damage(checkpoint)
+    arguments = ["explain", str(tmp_path / "picture.png"), "--model", str(checkpoint), "-o", str(tmp_path / "out.png")]
+    assert main(arguments) == 1
+    assert str(checkpoint) in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+# Without "demo", which would train where the rest makes sense.
+WORDS = ["explain", "push", "nonsense", "--model", "-o", "--top-k", "--label", "-1", "nan", "", "x", "\0", "--json"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from([*WORDS, "--results", "nowhere"]), max_size=6))
+@example(["explain", "\0", "--model", "x", "-o", "x.png"])
+@example(["explain", "nowhere", "--model", "nowhere", "-o", ".png"])
+@example(["demo", "--seeds", "0"])
+@example(["demo", "--epochs", "-1"])
+@example(["demo", "--images", "0"])
+def test_any_command_line_ends_in_a_message_and_an_exit_code(arguments):
+    try:
+        code = main(arguments)
+    except SystemExit as end:  # argparse
+        code = end.code
+    assert code in (1, 2)
