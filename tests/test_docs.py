@@ -45,6 +45,7 @@ def names(paths):
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
+COMMANDS = next(action.choices for action in _parser()._actions if action.dest == "command")
 RUNNABLE = [path for path in PAGES if any(blocks(path, run=True))]
 COMPILED = [path for path in PAGES if any(blocks(path, run=False))]
 
@@ -77,11 +78,16 @@ def test_every_setting_made_tiny_is_still_on_a_page():
 
 def test_commands_parse():
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
-    commands = re.findall(r"^hf-shapley ((?:demo|explain)(?: +[^#\n]*[^#\s])?)", text, re.MULTILINE)
-    runnable = [command for command in commands if "   " not in command]  # the others are a list with descriptions
-    assert len(runnable) >= 3
-    for command in runnable:
-        _parser().parse_args(shlex.split(command))
+    commands = re.findall(r"^hf-shapley ([a-z].*)", text, re.MULTILINE)
+    parsed = [_parser().parse_known_args(shlex.split(command, comments=True))[0].command for command in commands]
+    assert set(parsed) == set(COMMANDS)
+
+
+def test_the_page_of_commands_lists_all_of_them():
+    listed = re.findall(
+        r"^\| `hf-shapley (\w+)` \|", (ROOT / "docs/api/cli.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert listed == list(COMMANDS)
 
 
 def test_scripts_that_pages_name_exist():

@@ -8,7 +8,7 @@ from test_layout import MODULES, packages, relative_imports
 import hf_shapley
 
 # Public within the package: what users reach through something else, such as the command line or the Trainer.
-INTERNAL_MODULES = {"checks", "cli", "demo", "training_card"}
+INTERNAL_MODULES = {"checks", "cli", "demo", "evaluation_job", "training_card", "training_job"}
 INTERNAL = {
     "attribution_head": {
         "ResidualMLP",

@@ -28,7 +28,14 @@ from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
 from .hub import push_to_hub
 from .images import load_image, to_rgb
-from .losses import coalition_label_loss, coalition_loss, paired_residual_loss, paired_shapley_loss, shapley_loss
+from .losses import (
+    coalition_label_loss,
+    coalition_loss,
+    coalition_regression_loss,
+    paired_residual_loss,
+    paired_shapley_loss,
+    shapley_loss,
+)
 from .metrics import (
     Agreement,
     BatchedGame,
@@ -118,6 +125,7 @@ __all__ = [
     "captum_forward",
     "coalition_label_loss",
     "coalition_loss",
+    "coalition_regression_loss",
     "coalitions_to_ids",
     "comprehensiveness_sufficiency",
     "digits_dataset",
