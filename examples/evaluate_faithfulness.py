@@ -12,143 +12,14 @@ The real thing: a Shapley checkpoint and a data set, each a folder or a Hub id:
 The model's attributions come from one forward pass. Beside them stand two rivals that rank the same patches: leaving
 out one patch at a time (one forward pass per patch), and chance. The certificate at the end says how far the
 attributions are from the exact Shapley values, with a confidence interval, although those are never computed.
+`hf-shapley evaluate` takes the same options; the steps are the functions of `hf_shapley.evaluation_job`.
 """
 
 import argparse
-import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
-import torch
-from datasets import Dataset, load_dataset
-from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
-
-from hf_shapley import (
-    BatchedGame,
-    attribution_error_certificate,
-    comprehensiveness_sufficiency,
-    digits_dataset,
-    efficiency_gap,
-    faithfulness_correlation,
-    insertion_deletion,
-    interaction_share,
-    to_rgb,
-    train_digits_model,
-)
-
-MEANINGS = {
-    "insertion_auc": "probability as the best patches come, higher is better",
-    "deletion_auc": "probability as the best patches go, lower is better",
-    "comprehensiveness": "probability lost without the best patches, higher is better",
-    "sufficiency": "probability lost with nothing but them, lower is better",
-    "faithfulness_correlation": "of attributed and real logit of random coalitions, higher is better",
-    "efficiency_gap": "logits by which attributions fail to add up, 0 is exact",
-}
-
-
-def load(options: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor, Dataset]:
-    """Model, image processor and the rows to measure on."""
-    if options.model is None:
-        print("No --model: training a small one on digits.")
-        model, processor = train_digits_model(epochs=options.epochs)
-    else:
-        model = AutoModelForImageClassification.from_pretrained(options.model).eval()
-        processor = AutoImageProcessor.from_pretrained(options.model)
-    if options.dataset is None:
-        rows = digits_dataset()[options.split]
-    else:
-        rows = load_dataset(options.dataset, split=options.split).shuffle(seed=0)
-    return model, processor, rows.select(range(min(options.images, len(rows))))
-
-
-def rivals(game: BatchedGame, own: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Attributions (B, N, K) of three methods: the model's own, leaving out one patch at a time, and chance."""
-    images, players, _ = own.shape
-    without_one = ~torch.eye(players, dtype=torch.bool).expand(images, -1, -1)
-    full = game(torch.ones(images, 1, players, dtype=torch.bool))
-    return {
-        "model": own,
-        "leave one out": full - game(without_one),
-        "chance": torch.randn(own.shape, generator=generator),
-    }
-
-
-def measure(game: BatchedGame, attributions: Tensor, generator: torch.Generator) -> dict[str, float]:
-    """Mean over the images of each number in `MEANINGS`."""
-    curves = insertion_deletion(game, attributions)
-    erasure = comprehensiveness_sufficiency(game, attributions)
-    numbers = {
-        "insertion_auc": curves.insertion_auc,
-        "deletion_auc": curves.deletion_auc,
-        "comprehensiveness": erasure.comprehensiveness,
-        "sufficiency": erasure.sufficiency,
-        "faithfulness_correlation": faithfulness_correlation(game, attributions, num_samples=200, generator=generator),
-        "efficiency_gap": efficiency_gap(game, attributions),
-    }
-    return {name: numbers[name].mean().item() for name in MEANINGS}
-
-
-def print_table(table: dict[str, dict[str, float]]) -> None:
-    """One row per measure, one column per method."""
-    print(f"{'':<26}" + "".join(f"{method:>15}" for method in table))
-    for name, meaning in MEANINGS.items():
-        print(f"{name:<26}" + "".join(f"{numbers[name]:>15.4g}" for numbers in table.values()) + f"   {meaning}")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write under a temporary name first, so that no half-written file is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table and the certificate, and write both as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a Shapley checkpoint; default: digits, trained now")
-    parser.add_argument("--dataset", help="folder or Hub id with pictures; default: digits")
-    parser.add_argument("--split", default="test", help="split to measure on")
-    parser.add_argument("--image_column", default="image", help="column with the pictures")
-    parser.add_argument("--images", type=int, default=32, help="pictures to measure on, at least 2")
-    parser.add_argument("--budget", type=int, default=1024, help="coalitions per picture for the certificate")
-    parser.add_argument("--seed", type=int, default=0, help="of every draw")
-    parser.add_argument("--epochs", type=float, default=16, help="of the digits model")
-    parser.add_argument("-o", "--output", type=Path, default=Path("outputs/faithfulness.json"), help="file to write")
-    options = parser.parse_args(argv)
-    generator = torch.Generator().manual_seed(options.seed)
-
-    model, processor, rows = load(options)
-    pictures = [to_rgb(picture) for picture in rows[options.image_column][:]]
-    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
-    own = model.explain(pixels).flatten(2).transpose(1, 2)  # (images, players, labels)
-
-    def game(coalitions: Tensor) -> Tensor:
-        return model.coalition_values(pixels, coalitions)
-
-    table = {name: measure(game, phi, generator) for name, phi in rivals(game, own, generator).items()}
-    share = interaction_share(game, own, num_samples=200, generator=generator).mean().item()
-    games = (lambda s, x=x: model.coalition_values(x[None], s[None])[0] for x in pixels)
-    certificate = attribution_error_certificate(games, own, budget=options.budget, generator=generator)
-
-    print_table(table)
-    low, high = certificate.error_ratio_interval
-    print(
-        f"\nSquared distance of the model's attributions to the exact Shapley values of {len(rows)} pictures,\n"
-        f"over the variance of those: {certificate.error_ratio:.4f}, 0 is exact; "
-        f"{certificate.confidence:.0%} confidence interval {low:.4f} to {high:.4f}.\n"
-        f"Correlation with the exact values: {certificate.correlation:.4f}.\n"
-        f"Interactions, which no attribution can show: {share:.1%} of the variance among coalitions of one size."
-    )
-    summary = {name: x for name, x in asdict(certificate).items() if not isinstance(x, Tensor)}
-    settings = {name: str(x) if isinstance(x, Path) else x for name, x in vars(options).items()}
-    results = {"methods": table, "interaction_share": share, "certificate": summary, "settings": settings}
-    write_json(options.output, results)
-    print(f"Wrote {options.output}.")
-
+from hf_shapley.evaluation_job import add_arguments, run
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    run(parser.parse_args())

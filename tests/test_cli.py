@@ -102,6 +102,28 @@ def test_a_demo_that_cannot_be_is_refused_before_anything_is_written(tmp_path, o
     assert not (tmp_path / "demo").exists()
 
 
+def test_train_then_evaluate_on_digits(tmp_path, capsys):
+    model = str(tmp_path / "model")
+    options = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1", "--use_cpu"]
+    options += ["--disable_tqdm", "True", "--report_to", "none", "--output_dir", model]
+    assert main(["train", *options]) == 0
+    capsys.readouterr()
+    out = tmp_path / "faithfulness.json"
+    assert main(["evaluate", "--model", model, "--images", "2", "--budget", "64", "-o", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert printed["methods"]["model"]["efficiency_gap"] < 1e-5
+    assert main(["evaluate", "--model", model, "--images", "1"]) == 1
+    assert "--images" in capsys.readouterr().err
+
+
+def test_unknown_options_are_a_wrong_command_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", "a.png", "--model", "m", "-o", "b.png", "--no-such-option"])
+    assert stopped.value.code == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
 def test_the_command_is_installed_and_teaches():
     command = [sys.executable, "-m", "hf_shapley.cli"]
     help_text = subprocess.run([*command, "explain", "--help"], capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,5 @@
 """Every example runs as it stands, in a process of its own, and says what the library says."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from hf_shapley import digits_dataset, load_explanations, train_digits_model
+from hf_shapley import digits_dataset, load_explanations, train_digits_model, training_job
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL_TRAINING = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1"]
@@ -44,16 +43,6 @@ def run(script: str, *arguments: str | Path, folder: Path) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def training_script():
-    """The training example as a module, for its many options."""
-    spec = importlib.util.spec_from_file_location("training_example", EXAMPLES / "run_shapley_image_classification.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
 def test_training_from_scratch_writes_a_model_that_predicts_what_the_example_says(tmp_path):
     arguments = [*SMALL_TRAINING, "--do_train", "--do_eval", "--do_predict", "--output_dir", "model"]
     run("run_shapley_image_classification.py", *arguments, folder=tmp_path)
@@ -73,7 +62,7 @@ def test_training_from_scratch_writes_a_model_that_predicts_what_the_example_say
     assert "digits" in (folder / "README.md").read_text()
 
 
-def test_a_folder_of_pictures_trains_a_plain_checkpoint_and_goes_on_where_it_stopped(training_script, tmp_path):
+def test_a_folder_of_pictures_trains_a_plain_checkpoint_and_goes_on_where_it_stopped(tmp_path):
     for index in range(24):
         path = tmp_path / "pictures" / "train" / ("cat", "dog")[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,40 +70,40 @@ def test_a_folder_of_pictures_trains_a_plain_checkpoint_and_goes_on_where_it_sto
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=2, **shape))
     plain.save_pretrained(tmp_path / "plain")
-    training_script.load_model(training_script.ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
+    training_job.load_model(training_job.ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
     arguments = [*SMALL_TRAINING, "--model", str(tmp_path / "plain"), "--dataset", str(tmp_path / "pictures")]
     arguments += ["--attribution_head", "votes+influence", "--horizontal_flip", "--random_crop", "0.5"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--save_steps", "1", "--held_out", "0.25"]
     arguments += ["--per_device_train_batch_size", "9"]
-    training_script.main(arguments)
+    training_job.main(arguments)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "shapley-vit"
     assert model.config.label2id == {"cat": 0, "dog": 1}
     assert model.config.attribution_head == "votes+influence"
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 2  # 18 pictures of 24, 9 at a time
-    training_script.main([*arguments, "--num_train_epochs", "2", "--resume_from_checkpoint", "last"])
+    training_job.main([*arguments, "--num_train_epochs", "2", "--resume_from_checkpoint", "last"])
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
 
 
-def test_text_labels_and_other_column_names_become_class_labels(training_script, tmp_path):
+def test_text_labels_and_other_column_names_become_class_labels(tmp_path):
     rows = digits_dataset()
     rows = rows.map(lambda row: {"kind": "even" if row["label"] % 2 == 0 else "odd"}).remove_columns("label")
     rows.rename_column("image", "picture").save_to_disk(tmp_path / "rows")
     options = {"image_column": "picture", "label_column": "kind", "max_eval_samples": 10}
-    splits = training_script.load_splits(training_script.DataArguments(str(tmp_path / "rows"), **options), seed=0)
+    splits = training_job.load_splits(training_job.DataArguments(str(tmp_path / "rows"), **options), seed=0)
     assert splits["train"].features["label"].names == ["even", "odd"]
     assert (splits["train"].num_rows, splits["eval"].num_rows) == (1347, 10)
     assert splits["train"]["label"][:] == [kind == "odd" for kind in rows["train"]["kind"][:]]
     with pytest.raises(ValueError, match="label_column.*kind"):
-        training_script.load_splits(training_script.DataArguments(str(tmp_path / "rows"), image_column="picture"), 0)
+        training_job.load_splits(training_job.DataArguments(str(tmp_path / "rows"), image_column="picture"), 0)
 
 
-def test_one_json_file_may_hold_all_options(training_script, tmp_path):
+def test_one_json_file_may_hold_all_options(tmp_path):
     options = {"backbone": "vit", "output_dir": str(tmp_path), "learning_rate": 0.5, "max_eval_samples": 3}
     (tmp_path / "options.json").write_text(json.dumps(options))
-    model_args, data_args, args = training_script.parse_arguments([str(tmp_path / "options.json")])
+    model_args, data_args, args = training_job.parse_arguments([str(tmp_path / "options.json")])
     assert (model_args.backbone, data_args.max_eval_samples, args.learning_rate) == ("vit", 3, 0.5)
     assert args.do_train
     assert args.do_eval

@@ -17,7 +17,11 @@ from .version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that a user can mend are one line on stderr."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "train":
+        options.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -35,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf-shapley {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_explain, _add_push):
+    for add in (_add_demo, _add_train, _add_explain, _add_evaluate, _add_push):
         add(commands)
     return parser
 
@@ -75,6 +79,38 @@ def _demo(options: argparse.Namespace) -> None:
         results = run_demo(settings)
     print(json.dumps(results, indent=2))
     print(f"Open {Path(options.output) / 'report.html'}", file=sys.stderr)
+
+
+def _add_train(commands) -> None:
+    train = _add_command(
+        commands,
+        "train",
+        _train,
+        "Train or fine-tune a Shapley image classifier; with no option, a small one on digits. Takes --model and "
+        "--dataset (folders or Hub ids), --output_dir, --image_column, --label_column, --attribution_head, and every "
+        "option of ShapleyTrainingArguments: --shapley_weight, --learning_rate, --num_train_epochs, --push_to_hub ...",
+        "hf-shapley train --model google/vit-base-patch16-224-in21k --dataset ethz/food101 --output_dir food101",
+    )
+    train.add_argument("--all-options", action="store_true", help="list every option and leave")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .training_job import main as train
+
+    train(["--help"] if options.all_options else options.rest)
+
+
+def _add_evaluate(commands) -> None:
+    from .evaluation_job import add_arguments, run
+
+    evaluate = _add_command(
+        commands,
+        "evaluate",
+        run,
+        "Measure how faithful a model's attributions are: insertion, deletion, error with a confidence interval ...",
+        "hf-shapley evaluate --model outputs/food101 --dataset ethz/food101 --split validation --images 100",
+    )
+    add_arguments(evaluate)
 
 
 def _add_explain(commands) -> None:

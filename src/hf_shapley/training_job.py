@@ -1,0 +1,298 @@
+"""Train, evaluate and use a Shapley image classifier on any `datasets` data set: the job behind `hf-shapley train`."""
+
+import json
+import logging
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    ViTImageProcessorPil,
+    set_seed,
+)
+
+from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .digits import digits_dataset
+from .images import to_rgb
+from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .modeling_shapley_vit import ShapleyViTForImageClassification
+from .trainer import ShapleyTrainer, ShapleyTrainingArguments
+
+FAMILIES = {
+    "vit": (ShapleyViTConfig, ShapleyViTForImageClassification),
+    "convnext": (ShapleyConvNextConfig, ShapleyConvNextForImageClassification),
+}
+
+# What suits the digits from scratch; a checkpoint or another data set starts from TrainingArguments' own defaults.
+DIGITS_DEFAULTS = {
+    "output_dir": "outputs/digits",
+    "learning_rate": 1e-2,
+    "num_train_epochs": 16,
+    "per_device_train_batch_size": 128,
+    "per_device_eval_batch_size": 64,
+    "shapley_weight": 3.0,
+    "warmup_steps": 20,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 50,
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Plain or Shapley checkpoint, ViT or ConvNeXt: folder or Hub id. None = scratch."},
+    )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint on the Hub."})
+    attribution_head: str | None = field(
+        default=None, metadata={"help": "'votes' or 'votes+influence'. None = the checkpoint's, else 'votes'."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start with a new classifier where the checkpoint's has other labels."}
+    )
+    backbone: str = field(default="convnext", metadata={"help": "From scratch: 'vit' or 'convnext'."})
+    image_size: int = field(
+        default=8, metadata={"help": "From scratch: height and width that the model sees, pixels."}
+    )
+    patch_size: int = field(default=2, metadata={"help": "From scratch: height and width of one player, pixels."})
+    hidden_size: int = field(default=64, metadata={"help": "From scratch: width of the tokens."})
+    num_layers: int = field(default=2, metadata={"help": "From scratch: number of layers."})
+
+    def __post_init__(self):
+        if self.backbone not in FAMILIES:
+            raise ValueError(f"`--backbone` must be one of {list(FAMILIES)}, got {self.backbone!r}.")
+
+
+@dataclass
+class DataArguments:
+    """Which pictures to learn from."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id, folder of pictures, or `save_to_disk` folder. None = digits."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set on the Hub."})
+    image_column: str = field(default="image", metadata={"help": "Column with the pictures."})
+    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. None = 'validation', 'test', or a part of training's."}
+    )
+    predict_split: str | None = field(default=None, metadata={"help": "Split to predict. None = the evaluation's."})
+    held_out: float = field(
+        default=0.15, metadata={"help": "Part of training's split held out where there is no other."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate and predict so many at most."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the training pictures."})
+    random_crop: float = field(
+        default=1.0, metadata={"help": "Crop training pictures to a part of their area drawn from [this, 1]."}
+    )
+
+    def __post_init__(self):
+        for name in ("held_out", "random_crop"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"`--{name}` must lie in (0, 1], got {getattr(self, name)}.")
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, ShapleyTrainingArguments]:
+    """Options from the command line or from one `.json` file; with no action named, train and evaluate."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, ShapleyTrainingArguments), allow_abbrev=False)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        model_args, data_args, args = parser.parse_json_file(argv[0])
+    else:
+        if not any(word.split("=")[0] in ("--model", "--dataset") for word in argv):
+            parser.set_defaults(**DIGITS_DEFAULTS)
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+    if not (args.do_train or args.do_eval or args.do_predict):
+        args.do_train = args.do_eval = True
+    args.remove_unused_columns = False  # the image column is read on the fly, by the transform
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
+    return model_args, data_args, args
+
+
+def load_splits(args: DataArguments, seed: int) -> DatasetDict:
+    """The data set with splits train, eval and predict; columns image and label, the label a `ClassLabel`."""
+    splits = _read(args)
+    if args.train_split not in splits:
+        raise ValueError(f"`--train_split` must be one of {list(splits)}, got {args.train_split!r}.")
+    for option in ("image_column", "label_column"):
+        if getattr(args, option) not in splits[args.train_split].column_names:
+            columns = splits[args.train_split].column_names
+            raise ValueError(f"`--{option}` must be one of {columns}, got {getattr(args, option)!r}.")
+    splits = splits.select_columns([args.image_column, args.label_column])
+    splits = splits.rename_columns({args.image_column: "image", args.label_column: "label"})
+    train, evaluation = splits[args.train_split], _named(splits, args.eval_split, "validation", "test")
+    if evaluation is None:
+        parts = train.train_test_split(args.held_out, seed=seed)
+        train, evaluation = parts["train"], parts["test"]
+    prediction = evaluation if args.predict_split is None else _named(splits, args.predict_split)
+    chosen = DatasetDict(train=train, eval=evaluation, predict=prediction)
+    if not isinstance(train.features["label"], ClassLabel):
+        names = sorted(str(label) for label in train.unique("label"))
+        feature = ClassLabel(names=names)
+        chosen = chosen.map(lambda row: {"label": str(row["label"])}).cast_column("label", feature)
+    limits = {"train": args.max_train_samples, "eval": args.max_eval_samples, "predict": args.max_eval_samples}
+    return DatasetDict({name: _first(rows, limits[name], seed) for name, rows in chosen.items()})
+
+
+def _read(args: DataArguments) -> DatasetDict:
+    if args.dataset is None:
+        return digits_dataset()
+    folder = Path(args.dataset)
+    if (folder / "dataset_dict.json").is_file():
+        return load_from_disk(folder)
+    return load_dataset(args.dataset, args.dataset_config)
+
+
+def _named(splits: DatasetDict, wanted: str | None, *usual: str) -> Dataset | None:
+    """The split asked for, else the first of the usual ones that exists."""
+    if wanted is not None and wanted not in splits:
+        raise ValueError(f"The data set has the splits {list(splits)}, got {wanted!r}.")
+    return next((splits[name] for name in ([wanted] if wanted else usual) if name in splits), None)
+
+
+def _first(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
+
+
+def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The checkpoint and its image processor, or a small model with random weights."""
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if args.attribution_head is not None:
+        names["attribution_head"] = args.attribution_head
+    if args.model is None:
+        config_class, model_class = FAMILIES[args.backbone]
+        size = {"height": args.image_size, "width": args.image_size}
+        return model_class(config_class(**_small(args), **names)), ViTImageProcessorPil(size=size)
+    model_type = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
+    family = model_type.removeprefix("shapley-")
+    if family not in FAMILIES:
+        raise ValueError(f"`--model` must be a ViT or ConvNeXt checkpoint, got {args.model!r} of type {model_type!r}.")
+    config_class, model_class = FAMILIES[family]
+    config = config_class.from_pretrained(args.model, revision=args.revision, **names)
+    model = model_class.from_pretrained(
+        args.model, config=config, revision=args.revision, ignore_mismatched_sizes=args.ignore_mismatched_sizes
+    )
+    return model, AutoImageProcessor.from_pretrained(args.model, revision=args.revision)
+
+
+def _small(args: ModelArguments) -> dict:
+    """Configuration of a small backbone whose players are single patches."""
+    if args.backbone == "convnext":
+        shape = {"hidden_sizes": [args.hidden_size], "depths": [args.num_layers], "num_stages": 1}
+        return {**shape, "patch_size": args.patch_size, "layer_scale_init_value": 1.0}
+    shape = {"hidden_size": args.hidden_size, "intermediate_size": 2 * args.hidden_size}
+    layers = {"num_hidden_layers": args.num_layers, "num_attention_heads": 4}
+    return {**shape, **layers, "image_size": args.image_size, "patch_size": args.patch_size}
+
+
+def make_transform(
+    processor: BaseImageProcessor, *, horizontal_flip: bool = False, random_crop: float = 1.0
+) -> Callable[[dict], dict]:
+    """A batch of rows with image and label -> pixel_values and labels, the pictures augmented if asked."""
+
+    def augment(image: Image.Image) -> Image.Image:
+        image = to_rgb(image)
+        if random_crop < 1:
+            edge = sqrt(random.uniform(random_crop, 1))
+            width, height = max(1, round(edge * image.width)), max(1, round(edge * image.height))
+            left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
+            image = image.crop((left, top, left + width, top + height))
+        if horizontal_flip and random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+    def transform(rows: dict) -> dict:
+        images = [augment(image) for image in rows["image"]]
+        return {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]), "labels": rows["label"]}
+
+    return transform
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of pictures whose most likely label is the right one."""
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+
+
+def write_predictions(trainer: ShapleyTrainer, rows: Dataset, path: Path) -> dict[str, float]:
+    """Predict every picture, write one line of JSON per picture, and return the metrics."""
+    result = trainer.predict(rows, metric_key_prefix="predict")
+    probabilities = torch.from_numpy(result.predictions).softmax(-1)
+    names = trainer.model.config.id2label
+    if trainer.is_world_process_zero():
+        scores, ids = probabilities.max(-1)
+        lines = [
+            json.dumps({"row": i, "label": names[label], "score": round(score, 6)})
+            for i, (label, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True))
+        ]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return result.metrics
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run what the options ask for; return the evaluation's metrics."""
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=args.get_process_log_level())
+    set_seed(args.seed)  # before the weights are drawn
+
+    splits = load_splits(data_args, args.seed)
+    model, processor = load_model(model_args, splits["train"].features["label"].names)
+    plain = make_transform(processor)
+    augmented = make_transform(processor, horizontal_flip=data_args.horizontal_flip, random_crop=data_args.random_crop)
+    trainer = ShapleyTrainer(
+        model,
+        args,
+        train_dataset=splits["train"].with_transform(augmented),
+        eval_dataset=splits["eval"].with_transform(plain),
+        processing_class=processor,
+        compute_metrics=accuracy,
+    )
+    if args.do_train:
+        # True tells the Trainer to look for the last checkpoint in the output folder itself.
+        resume = True if args.resume_from_checkpoint == "last" else args.resume_from_checkpoint
+        result = trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.save_state()
+        _report(trainer, "train", result.metrics)
+    metrics = {}
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        _report(trainer, "eval", metrics)
+    if args.do_predict:
+        path = Path(args.output_dir) / "predictions.jsonl"
+        _report(trainer, "predict", write_predictions(trainer, splits["predict"].with_transform(plain), path))
+    card = {
+        "finetuned_from": _hub_id(model_args.model),
+        "dataset": data_args.dataset or "scikit-learn digits",
+        "dataset_tags": _hub_id(data_args.dataset),
+        "dataset_args": data_args.dataset_config,
+    }
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    elif args.do_train:
+        trainer.create_model_card(**card)  # once more: now it has the evaluation
+    return metrics
+
+
+def _hub_id(name: str | None) -> str | None:
+    return None if name is None or Path(name).exists() else name
+
+
+def _report(trainer: ShapleyTrainer, name: str, metrics: dict[str, float]) -> None:
+    trainer.log_metrics(name, metrics)
+    trainer.save_metrics(name, metrics)
