@@ -129,6 +129,6 @@ def check_sequence(values: Any, name: str, wanted: str) -> list:
 def check_pair(values: Any, name: str, wanted: str) -> tuple[int, int]:
     """Two integers of at least 1."""
     pair = check_sequence(values, name, wanted)
-    if len(pair) != 2 or not all(isinstance(size, Integral) and size >= 1 for size in pair):
+    if len(pair) != 2 or not all(isinstance(size, Integral) and int(size) >= 1 for size in pair):
         raise ValueError(f"`{name}` must be {wanted}, got {describe(values)}.")
     return int(pair[0]), int(pair[1])

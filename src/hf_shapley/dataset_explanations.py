@@ -34,7 +34,7 @@ PART = "part-{:05d}.parquet"
 
 @dataclass(frozen=True)
 class ExplanationRun:
-    """What a call of [`explain_dataset`] did.
+    """What a call of `explain_dataset` did.
 
     Args:
         output_dir: folder of the parquet files.
@@ -70,7 +70,7 @@ def explain_dataset(
     """Write every row's prediction and attributions to parquet files, in constant memory.
 
     Columns: `row` (int64, number in the data set), `predicted_label` (text), `score` (float32, its probability),
-    `logits` (float32, [labels]), `label_ids` (int32, [L]) and `attributions` (float32, [L][h][w], in logits: what each
+    `logits` (float32, labels), `label_ids` (int32, L) and `attributions` (float32, L x h x w, in logits: what each
     patch adds to the logit of each of `label_ids`). `manifest.json` has `base_values`, label names and settings.
 
     Call it again after an interruption, however hard, and it goes on behind the last complete file; the rows are those
@@ -90,7 +90,7 @@ def explain_dataset(
         show_progress: show a bar with the rate of the main process.
 
     Returns:
-        [`ExplanationRun`]; only after every row was found in its file.
+        `ExplanationRun`; only after every row was found in its file.
 
     Raises:
         TypeError: `model` or `dataset` is no such thing.
@@ -135,7 +135,7 @@ def explain_dataset(
 
 
 def load_explanations(output_dir: str | os.PathLike, *, streaming: bool = False) -> Dataset | IterableDataset:
-    """Read what [`explain_dataset`] wrote, row by row in the order of the data set.
+    """Read what `explain_dataset` wrote, row by row in the order of the data set.
 
     Raises:
         ValueError: the folder holds no complete run.
