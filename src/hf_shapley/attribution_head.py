@@ -128,7 +128,7 @@ class AttributionHead(nn.Module):
         vote_sums = scale_gradient(vote_sums, self.vote_gradient)
         if self.influence is None:
             return vote_sums
-        tokens = self._influence_tokens(tokens, grid)
+        tokens = self._influence_tokens(tokens, grid).float()  # half precision would leave a sum that is not 0
         tokens = tokens - tokens.mean(dim=-2, keepdim=True)
         return vote_sums + sums_of_linear(tokens, coalitions, self.influence.weight) / tokens.shape[-2]
 
