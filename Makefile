@@ -51,7 +51,8 @@ quality: $(VENV)/.installed-quality $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/vulture --min-confidence 60 --ignore-names '$(HOOKS)' --exclude '$(CALLED_BY_NAME)' $(SOURCES)
+	$(BIN)/vulture --min-confidence 60 --ignore-names '$(HOOKS)' --ignore-decorators '@pytest.fixture*' \
+		--exclude '$(CALLED_BY_NAME)' $(SOURCES)
 	$(BIN)/python -m pytest --quiet --noconftest tests/test_layout.py
 
 # The theme would print its opinion of the next MkDocs.

@@ -44,7 +44,9 @@ def build(shape: str, *, plain: bool = False, seed: int = 0, **options) -> nn.Mo
 
     torch.manual_seed(seed)
     is_vit = shape.startswith("vit")
-    config = (ShapleyViTConfig if is_vit else ShapleyConvNextConfig)(**{"num_labels": 1000, **SHAPES[shape], **options})
+    config = (ShapleyViTConfig if is_vit else ShapleyConvNextConfig)(
+        **{"num_labels": 1000, **SHAPES[shape], **options}
+    )
     if plain:
         return (ViTForImageClassification if is_vit else ConvNextForImageClassification)(config)
     return (ShapleyViTForImageClassification if is_vit else ShapleyConvNextForImageClassification)(config)

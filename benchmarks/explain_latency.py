@@ -1,7 +1,7 @@
 """Cost of an explained prediction (logits and every patch's Shapley value for every label) against a plain one.
 
-Stock model and ours, same shape, run in turn without gradients; memory is what a call holds at its worst moment, by the
-allocator's own account, weights included.
+Stock model and ours, same shape, run in turn without gradients; memory is what a call holds at its worst moment, by
+the allocator's own account, weights included.
 
     python benchmarks/explain_latency.py --models vit-tiny vit-base convnext-tiny --batch-sizes 1 8 --repeats 30
 """
@@ -56,7 +56,9 @@ def main() -> None:
         for batch_size in args.batch_sizes:
             table = measure(shape, batch_size, args.repeats, args.num_labels)
             tables.setdefault(shape, {})[f"batch {batch_size}"] = table
-            print_table(f"{shape}, batch {batch_size}, {args.num_labels} labels (goal: at most {GOAL['time']}x)", table)
+            print_table(
+                f"{shape}, batch {batch_size}, {args.num_labels} labels (goal: at most {GOAL['time']}x)", table
+            )
             print("  memory", {name: row["memory_ratio"] for name, row in table.items()})
     settings = {"image_size": 224, "num_labels": args.num_labels, "repeats": args.repeats, "goals": GOAL}
     write_result(args.output, {"settings": settings, "models": tables})

@@ -40,7 +40,10 @@ def plain_step(model, inputs: dict) -> Callable[[], None]:
 def joint_step(model, inputs: dict, folder: str, **options) -> Callable[[], None]:
     """The trainer's step; with `shapley_every` above 1, that many steps."""
     args = ShapleyTrainingArguments(
-        folder, per_device_train_batch_size=len(inputs["labels"]), use_cpu=inputs["labels"].device.type == "cpu", **options
+        folder,
+        per_device_train_batch_size=len(inputs["labels"]),
+        use_cpu=inputs["labels"].device.type == "cpu",
+        **options,
     )
     trainer = ShapleyTrainer(model, args)
     trainer.current_gradient_accumulation_steps = 1
@@ -54,8 +57,6 @@ def joint_step(model, inputs: dict, folder: str, **options) -> Callable[[], None
             trainer.state.global_step += 1
 
     return step
-
-
 
 
 def measure(shape: str, batch_size: int, repeats: int, variants: list[str]) -> dict[str, dict[str, float]]:
