@@ -297,7 +297,7 @@ def build_app(classifier: ShapleyImageClassificationPipeline, examples: Sequence
         examples: files to choose from; the first is there from the start.
     """
     answers = Answers(classifier)
-    with gr.Blocks(title="hf_shapley", analytics_enabled=False) as app:
+    with gr.Blocks(title="hf_shapley", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         state = gr.State(None, time_to_live=3600)
         gr.Markdown(INTRODUCTION)
         with gr.Row():

@@ -170,11 +170,14 @@ class ShapleyImageClassifierMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a checkpoint of ours or a plain one of the same backbone, as `PreTrainedModel.from_pretrained` does.
 
+        Weights are read from safetensors, never unpickled, unless `use_safetensors=False` asks for it.
+
         Raises:
             OSError: no such checkpoint, damaged files, or weights that are not all of the backbone's.
             ValueError: weights of other sizes than the configuration's, or a configuration that makes no sense.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
         name = str(pretrained_model_name_or_path)
         try:
             model, info = super().from_pretrained(

@@ -4,6 +4,7 @@ A map holds one attribution per patch, (h, w) row-major, in logits. Its zero mea
 diverge from white at 0 and one scale, the same on both sides of 0, holds for a whole figure.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
@@ -343,10 +344,16 @@ def _draw_block(
         raise ValueError(f"`labels` must name the {len(maps)} maps of every image, got {len(labels)}: {list(labels)}.")
     image, box = _thumbnail(image, box)
     block[0].imshow(image)
-    block[0].set_title(title, fontsize="small", parse_math=False)
+    block[0].set_title(_printable(title), fontsize="small", parse_math=False)
     for panel, attribution_map, label in zip(block[1:], maps, labels, strict=True):
         panel.imshow(overlay(image, attribution_map, box=box, **colouring))
-        panel.set_title(f"{label}\nsum {attribution_map.sum():+.2f}", fontsize="small", parse_math=False)
+        panel.set_title(f"{_printable(label)}\nsum {attribution_map.sum():+.2f}", fontsize="small", parse_math=False)
+
+
+def _printable(text: str) -> str:
+    """The text without control and invisible characters, which would spoil a figure or turn around what it says."""
+    hidden = {letter for letter in str(text) if unicodedata.category(letter)[0] == "C" and letter != "\n"}
+    return str(text).translate(str.maketrans(dict.fromkeys(hidden, "\N{REPLACEMENT CHARACTER}")))
 
 
 def _thumbnail(image: Image.Image, box: Box | None, longest_edge: int = 512) -> tuple[Image.Image, Box | None]:
