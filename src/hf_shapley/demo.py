@@ -243,10 +243,9 @@ def card_results(results: dict) -> dict:
     versions = ("hf_shapley_version", "torch_version", "transformers_version", "python_version", "cpus", "seconds")
     return {
         "model_name": f"Digits, {results['backbone']}",
-        "summary": "A small classifier of 8 x 8 hand-written digits, to show and test what hf_shapley does.",
+        "summary": "A small classifier of tiny pictures of digits, to show and test what hf_shapley does.",
         "license": "apache-2.0",
         "dataset": {"name": "scikit-learn digits", "id": "sklearn-digits", "split": "test"},
-        "labels": [str(digit) for digit in range(10)],
         "metrics": [
             {**accuracy, "name": "Accuracy", "value": results["accuracy_joint"], "settings": settings},
             {**accuracy, "name": "Accuracy, plain twin", "value": results["accuracy_plain"], "settings": settings},
@@ -269,7 +268,7 @@ def card_results(results: dict) -> dict:
         ],
         "training": {name: results[name] for name in names},
         "environment": {name.removesuffix("_version"): results[name] for name in versions},
-        "limits": ["The images are 8 x 8 pixels: nothing here says how it does on photographs."],
+        "limits": ["The pictures are tiny: nothing here says how it does on photographs."],
         "command": results["command"],
     }
 

@@ -1,0 +1,46 @@
+"""README quotes result files: each of its rows, made again from the file, must stand there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "title"), [("vit", "ViT"), ("convnext", "ConvNeXt")])
+def test_the_demos_rows_are_those_of_their_result_files(name, title):
+    found = json.loads((RESULTS / f"demo_{name}.json").read_text())
+    difference, spread = (100 * found[f"accuracy_difference{part}"] for part in ("", "_standard_deviation"))
+    cells = [
+        title,
+        f"{100 * found['accuracy_joint']:.2f} %",
+        f"{100 * found['accuracy_plain']:.2f} %",
+        f"{difference:+.2f} ({spread:.2f}) points",
+        f"{found['shapley_correlation']:.3f}",
+        f"{found['shapley_error_ratio']:.4f}",
+        f"{found['efficiency_gap']:.1e}",
+        f"{found['leak']:g}",
+    ]
+    assert "| " + " | ".join(cells) + " |" in README
+    assert found["seeds"] == 3 and found["images"] >= 32
+
+
+def test_the_comparison_with_other_methods_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "faithfulness_digits.json").read_text())
+    rows = re.findall(r"^\| (?:\*\*)?([^|*]+?)(?:\*\*)? \| (\d+) \| (.+) \|$", README, flags=re.MULTILINE)
+    assert len(rows) == 9
+    for name, evaluations, numbers in rows:
+        method = found["methods"][name]
+        columns = ("correlation", "insertion", "deletion", "insertion_minus_deletion")
+        assert int(evaluations) == method["evaluations"]
+        assert numbers.split(" | ") == [f"{method[column]:.3f}" for column in columns]
+    assert f"about {found['equivalent_evaluations_of_kernel_shap']:.0f} evaluations" in README
+
+
+def test_every_result_file_names_the_command_that_made_it():
+    for path in RESULTS.rglob("*.json"):
+        assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
