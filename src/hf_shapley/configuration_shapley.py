@@ -103,7 +103,7 @@ class ShapleyConfigMixin:
     def _check_maps(self) -> None:
         """Refuse label maps that are no maps, before transformers reads them."""
         for name in ("id2label", "label2id"):
-            if not isinstance(getattr(self, name) or {}, dict):
+            if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"`{name}` must be a dict, got {describe(getattr(self, name))}.")
         names = self.id2label or {}
         if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
