@@ -3,10 +3,11 @@
 # make quality  check style, types, dead code and layout
 # make coverage run the tests and show the lines that no test reaches
 # make docs     build the documentation into site/
+# make test-oldest run the tests with the oldest supported versions, in an environment of their own
 # make clean    remove caches and build products, keep .venv and outputs
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test quality coverage docs clean
+.PHONY: demo test test-oldest quality coverage docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -43,6 +44,14 @@ demo: $(VENV)/.installed-plot
 
 test: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+$(VENV)-oldest/.installed: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install -c constraints-oldest.txt torch -e '.[test]' $(TOOLS_test)
+	touch $@
+
+test-oldest: $(VENV)-oldest/.installed
+	$(TEST_ENV) $(VENV)-oldest/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 coverage: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --cov $(PYTEST_ARGS)

@@ -117,7 +117,9 @@ def test_scores_follow_the_problem_type_as_in_the_stock_pipeline(problem, total)
     model = make_model("vit", problem_type=problem)
     image = pictures(1)[0]
     ours = pipeline(TASK, model=model, image_processor=PROCESSOR, device="cpu")(image)
-    stock = pipeline("image-classification", model=model, image_processor=PROCESSOR, device="cpu")(image)
+    # transformers 5.23 does this by itself, its predecessors do not.
+    options = {"function_to_apply": "none"} if problem == "regression" else {}
+    stock = pipeline("image-classification", model=model, image_processor=PROCESSOR, device="cpu")(image, **options)
     assert [entry["label"] for entry in ours] == [entry["label"] for entry in stock]
     np.testing.assert_allclose([e["score"] for e in ours], [e["score"] for e in stock], atol=1e-6)
     if total is not None:

@@ -248,10 +248,12 @@ class ShapleyTrainer(Trainer):
         **kwargs,
     ):
         """Upload model, code, image processor and card as `Trainer` does, keeping a card that somebody wrote there."""
+        if private is not None:
+            self.args.hub_private_repo = private  # the only way that every supported transformers knows
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=token)
         self._keep_card_of_hub(token, revision)
-        return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
