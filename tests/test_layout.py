@@ -24,11 +24,13 @@ LAYERS = {
         "interoperability",
         "hub",
         "training_card",
-        "explain_dataset",
+        "dataset_explanations",
+        "export",
         "digits",
     ],
-    4: ["cli", "demo"],
-    5: ["__init__", "__main__"],
+    4: ["demo", "training_job", "evaluation_job"],
+    5: ["cli"],
+    6: ["__init__", "__main__"],
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 # Every saved model carries its pipeline to the Hub, so `save_pretrained` has to name it.
@@ -47,13 +49,14 @@ HUB_FILES = {
     "visualization",
 }
 HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "PIL"}
-# What setup.cfg requires; tqdm comes with transformers. Extras may be imported inside functions only.
+# What setup.cfg requires. Extras may be imported inside functions only.
 REQUIRED_PACKAGES = HUB_PACKAGES | {
     "accelerate",
     "datasets",
     "evaluate",
     "jinja2",
     "numpy",
+    "pyarrow",
     "safetensors",
     "sklearn",
     "tqdm",
