@@ -41,6 +41,13 @@ def test_the_comparison_with_other_methods_is_that_of_its_result_file():
     assert f"about {found['equivalent_evaluations_of_kernel_shap']:.0f} evaluations" in README
 
 
+def test_the_cost_of_a_step_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "training_cost.json").read_text())["models"]
+    for variant in ("joint", "joint, half of the batch"):
+        vit, convnext = (found[name][variant]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny"))
+        assert re.search(rf"{vit:.2f} (plain steps for ViT-Ti/16 )?and {convnext:.2f}", README)
+
+
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
