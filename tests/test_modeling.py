@@ -422,3 +422,11 @@ def test_bad_options_are_refused(config, options):
 def test_upsampling_to_no_multiple_is_refused():
     with pytest.raises(ValueError, match="multiple of the grid"):
         upsample_attributions(torch.zeros(4, 6), (16, 25))
+
+
+def test_an_exported_model_takes_any_batch_size(model, pixel_values):
+    any_batch = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(model, (pixel_values[:2],), dynamic_shapes=any_batch).module()(pixel_values)
+    expected = model(pixel_values)
+    torch.testing.assert_close(exported.logits, expected.logits)
+    torch.testing.assert_close(exported.attributions, expected.attributions)

@@ -385,7 +385,7 @@ class ShapleyImageClassifierMixin:
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, check_values: bool = False
     ) -> tuple[int, int]:
         """Refuse images that the grid of players cannot cover; return the grid (h, w)."""
-        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or len(pixel_values) == 0:
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             got = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise ValueError(
                 f"`pixel_values` must be of shape (batch, channels, height, width), batch > 0, got {got}."

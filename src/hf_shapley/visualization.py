@@ -353,7 +353,7 @@ def _draw_block(
 def _printable(text: str) -> str:
     """The text without control and invisible characters, which would spoil a figure or turn around what it says."""
     hidden = {letter for letter in str(text) if unicodedata.category(letter)[0] == "C" and letter != "\n"}
-    return str(text).translate(str.maketrans(dict.fromkeys(hidden, "\N{REPLACEMENT CHARACTER}")))
+    return str(text).translate({ord(letter): "\N{REPLACEMENT CHARACTER}" for letter in hidden})
 
 
 def _thumbnail(image: Image.Image, box: Box | None, longest_edge: int = 512) -> tuple[Image.Image, Box | None]:
