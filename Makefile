@@ -21,7 +21,7 @@ SOURCES := src tests $(wildcard examples benchmarks)
 
 # Names that Hugging Face or Python calls, not we.
 HOOKS := __dir__,__getattr__,_compute,_forward,_info,_init_weights,_issue_warnings_after_load,_sanitize_parameters,$\
-	accepts_loss_kwargs,card_data_class,compute_metrics,default_template_path,do_*,exception,$\
+	accepts_loss_kwargs,card_data_class,compute_metrics,default_template_path,do_*,exception,handle_*,hub_private_repo,$\
 	head,keys_to_ignore_at_inference,log_message,loss_is_scaled_for_ga,on_*,protocol_version,pytestmark,$\
 	remove_unused_columns
 
