@@ -1,4 +1,4 @@
-"""Losses and gradients stay finite and attributions add up: 1 to 10,000 labels, 2 to 1,024 players, in any dtype."""
+"""Losses and gradients stay finite and attributions add up: 1 to 10,000 labels, 2 to 1,024 players, any dtype."""
 
 import os
 
