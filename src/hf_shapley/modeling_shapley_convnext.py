@@ -4,9 +4,8 @@ The players are the cells of the last stage's grid. Stem and downsampling do not
 work per position, so the depthwise convolution is the only operation that mixes players.
 """
 
-from math import prod
-
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextModel, ConvNextPreTrainedModel
 
 from .attribution_head import AttributionHead, ShapleyImageClassifierMixin, check_grid
@@ -14,7 +13,30 @@ from .coalitions import ids_to_coalitions
 from .configuration_shapley import ShapleyConvNextConfig
 
 
-class InfluenceConvNextLayer(ConvNextLayer):
+class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
+    """A ConvNeXt layer that can keep coalitions apart, and be run again in the backward pass to save memory."""
+
+    def forward(self, features: Tensor, masks: Tensor | None = None) -> Tensor:
+        """The stock layer; with masks its depthwise convolution becomes sum_c mask_c * dwconv(mask_c * features).
+
+        Args:
+            features: (B, C, H, W).
+            masks: (G, B, H, W, 1), 1 = member; the coalitions of one structure are disjoint and cover all players.
+        """
+        if masks is None:
+            return super().forward(features)
+        # Channels last, as in the stock layer: there the convolution's weight gradient is up to 3 times cheaper.
+        hidden = (features.permute(0, 2, 3, 1) * masks).flatten(0, 1)  # (G B, H, W, C)
+        hidden = self.dwconv(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        hidden = (hidden.unflatten(0, masks.shape[:2]) * masks).sum(dim=0)  # (B, H, W, C)
+        hidden = self.layernorm(hidden)
+        hidden = self.pwconv2(self.act(self.pwconv1(hidden)))
+        if self.layer_scale_parameter is not None:
+            hidden = self.layer_scale_parameter * hidden
+        return features + self.drop_path(hidden.permute(0, 3, 1, 2))
+
+
+class InfluenceConvNextLayer(ShapleyConvNextLayer):
     """A ConvNeXt layer over the patch tokens, for the influence head."""
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -30,11 +52,16 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
     """
 
     config_class = ShapleyConvNextConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ShapleyConvNextLayer"]
 
     def __init__(self, config: ShapleyConvNextConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.convnext = ConvNextModel(config)
+        for stage in self.convnext.encoder.stages:
+            for layer in stage.layers:
+                layer.__class__ = ShapleyConvNextLayer  # the same weights, under the same names
         hidden_size = config.hidden_sizes[-1]
         self.classifier = nn.Linear(hidden_size, config.num_labels)
         self.attribution_head = AttributionHead(
@@ -44,12 +71,11 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
 
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
         """Grid (h, w) of players for images of height x width pixels; raises if they do not fit."""
-        stem = self.convnext.embeddings.patch_embeddings.stride
-        strides = [
-            stem,
-            *(s.downsampling_layer[1].stride for s in self.convnext.encoder.stages if s.downsampling_layer),
-        ]
-        step = prod(s[0] for s in strides), prod(s[1] for s in strides)
+        step = self.convnext.embeddings.patch_embeddings.stride
+        for stage in self.convnext.encoder.stages:
+            if stage.downsampling_layer:
+                stride = stage.downsampling_layer[1].stride
+                step = step[0] * stride[0], step[1] * stride[1]
         grid = height // step[0], width // step[1]
         check_grid(grid, step, (height, width))
         return grid
@@ -84,7 +110,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
             masks = members.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
             masks = masks.transpose(0, 1).unsqueeze(-1).to(features.dtype)  # (G, B' R, H', W', 1)
             for layer in stage.layers:
-                features = _structured_layer(layer, features, masks)
+                features = layer(features, masks)
         return self._normed(features).unflatten(0, (batch, structures))
 
     def _grid_of(self, embeddings: Tensor) -> tuple[int, int]:
@@ -97,25 +123,6 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
 
     def _cast(self, pixel_values: Tensor) -> Tensor:
         return pixel_values.to(self.convnext.embeddings.patch_embeddings.weight.dtype)
-
-
-def _structured_layer(layer: ConvNextLayer, features: Tensor, masks: Tensor) -> Tensor:
-    """The stock layer with its depthwise convolution run once per coalition: sum_c mask_c * dwconv(mask_c * features).
-
-    Args:
-        layer: the stock layer.
-        features: (B, C, H, W).
-        masks: (G, B, H, W, 1), 1 = member; the coalitions of one structure are disjoint and cover all players.
-    """
-    # Channels last, as in the stock layer: there the depthwise convolution's weight gradient is up to 3 times cheaper.
-    hidden = (features.permute(0, 2, 3, 1) * masks).flatten(0, 1)  # (G B, H, W, C)
-    hidden = layer.dwconv(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    hidden = (hidden.unflatten(0, masks.shape[:2]) * masks).sum(dim=0)  # (B, H, W, C)
-    hidden = layer.layernorm(hidden)
-    hidden = layer.pwconv2(layer.act(layer.pwconv1(hidden)))
-    if layer.layer_scale_parameter is not None:
-        hidden = layer.layer_scale_parameter * hidden
-    return features + layer.drop_path(hidden.permute(0, 3, 1, 2))
 
 
 ShapleyConvNextForImageClassification.register_for_auto_class("AutoModelForImageClassification")
