@@ -39,7 +39,7 @@ class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
 class InfluenceConvNextLayer(ShapleyConvNextLayer):
     """A ConvNeXt layer over the patch tokens, for the influence head."""
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]  # tokens, not features
         features = tokens.transpose(1, 2).unflatten(-1, grid)  # (B, D, h, w)
         return super().forward(features).flatten(2).transpose(1, 2)
 
