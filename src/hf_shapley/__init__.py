@@ -75,15 +75,17 @@ from .visualization import (
 if TYPE_CHECKING:
     from .dataset_explanations import ExplanationRun, explain_dataset, load_explanations
     from .digits import digits_dataset, train_digits_model
+    from .export import export_onnx, export_program
     from .interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
     from .metrics_evaluate import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
     from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 
-# Loaded when first asked for: they need `datasets`, `evaluate` or the Trainer, which whoever only classifies and
-# explains would wait for, and hold 100 MB of, in vain.
+# Loaded when first asked for: they need `datasets`, `evaluate`, the Trainer or the exporter, which whoever only
+# classifies and explains would wait for, and hold 100 MB of, in vain.
 _LAZY = {
     "dataset_explanations": ["ExplanationRun", "explain_dataset", "load_explanations"],
     "digits": ["digits_dataset", "train_digits_model"],
+    "export": ["export_onnx", "export_program"],
     "interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
     "metrics_evaluate": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],
     "trainer": ["ShapleyTrainer", "ShapleyTrainingArguments"],
@@ -134,6 +136,8 @@ __all__ = [
     "error_ratio",
     "exact_shapley",
     "explain_dataset",
+    "export_onnx",
+    "export_program",
     "faithfulness_correlation",
     "grid_pointing_game",
     "ids_to_coalitions",

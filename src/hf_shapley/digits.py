@@ -69,6 +69,7 @@ def train_digits_model(
         depths=[2],
         num_stages=1,
         patch_size=2,
+        image_size=8,
         layer_scale_init_value=1.0,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
