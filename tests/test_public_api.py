@@ -8,7 +8,7 @@ from test_layout import MODULES, packages, relative_imports
 import hf_shapley
 
 # Public within the package: what users reach through something else, such as the command line or the Trainer.
-INTERNAL_MODULES = {"checks", "cli", "demo", "evaluation_job", "training_card", "training_job"}
+INTERNAL_MODULES = {"checks", "cli", "demo", "evaluation_job", "files", "training_card", "training_job"}
 INTERNAL = {
     "attribution_head": {
         "ResidualMLP",
@@ -21,7 +21,7 @@ INTERNAL = {
     "checkpoints": {"complete_checkpoint", "marked_incomplete"},
     "coalitions": {"check_coalitions", "sum_over_coalitions"},
     "configuration_shapley": {"ShapleyConfigMixin"},
-    "hub": {"keep_card_of_hub", "label_names"},
+    "hub": {"keep_card_of_hub", "label_names", "push_with_card"},
     "interoperability": {"ImageGame"},
     "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
     "modeling_shapley_convnext": {"InfluenceConvNextLayer", "ShapleyConvNextLayer"},

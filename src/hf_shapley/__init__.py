@@ -187,7 +187,9 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
-    """Make the Auto classes and pipelines of transformers know our models."""
+    """Make the Auto classes and pipelines of transformers know our models, and our models know our cards."""
+    from .hub import push_with_card
+
     families = [
         (ShapleyViTConfig, ShapleyViTForImageClassification, ViTImageProcessorPil),
         (ShapleyConvNextConfig, ShapleyConvNextForImageClassification, ConvNextImageProcessorPil),
@@ -204,6 +206,9 @@ def _register() -> None:
     PIPELINE_REGISTRY.register_pipeline(
         TASK, ShapleyImageClassificationPipeline, pt_model=AutoModelForImageClassification, type="image"
     )
+    # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
+    for published in (*(model for _, model, _ in families), ShapleyImageClassificationPipeline):
+        published.push_to_hub = push_with_card
 
 
 _register()

@@ -7,8 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 # What `Trainer` needs to go on as if nothing had happened; it starts anew, silently, whatever it does not find.
 PARTS = ("trainer_state.json", "optimizer*", "scheduler.pt", "rng_state*.pth")
+
+# Where torch is when `torch.save` fails to write; its message says no more.
+TORCH_WRITER = "inline_container"
 
 
 def _mark(checkpoint: str | os.PathLike) -> Path:
@@ -18,11 +23,20 @@ def _mark(checkpoint: str | os.PathLike) -> Path:
 
 @contextmanager
 def marked_incomplete(checkpoint: str | os.PathLike) -> Iterator[None]:
-    """Mark a checkpoint as incomplete until the block has ended well: a killed process leaves the mark."""
+    """Mark a checkpoint as incomplete until the block has ended well: a killed process leaves the mark.
+
+    Raises:
+        OSError: a file could not be written, in the place of what safetensors and torch say then.
+    """
     mark = _mark(checkpoint)
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
-    yield
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
+            raise
+        raise OSError(f"Cannot write the checkpoint {str(checkpoint)!r} ({error}): is the disk full?") from error
     mark.unlink(missing_ok=True)
 
 

@@ -6,11 +6,13 @@ Exit codes: 0 done, 1 the request failed (bad file, model or value), 2 the comma
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from .files import whole_file
 from .version import __version__
 
 
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         print(f"hf-shapley {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -160,7 +162,8 @@ def _explain(options: argparse.Namespace) -> None:
     ]
     titles = [f"{row['label']} ({row['score']:.1%})" for row in answer]
     figure = attribution_figure(image, maps, titles, box=processor_geometry(processor, image.size))
-    _save_figure(figure, Path(options.output))
+    with whole_file(options.output) as draft:
+        figure.savefig(draft)
     if options.json:
         print(json.dumps(answer))
     else:
@@ -187,7 +190,7 @@ def _add_push(commands) -> None:
 def _push(options: argparse.Namespace) -> None:
     from .hub import push_to_hub
 
-    results = json.loads(Path(options.results).read_text()) if options.results else None
+    results = _read_results(options.results) if options.results else None
     model, processor = _load(options.model)
     commit = push_to_hub(
         model,
@@ -199,6 +202,13 @@ def _push(options: argparse.Namespace) -> None:
         commit_message=options.message,
     )
     print(commit.commit_url)
+
+
+def _read_results(path: str):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # no text, or no JSON
+        raise ValueError(f"`--results` must be a JSON file, got {path!r}: {error}.") from error
 
 
 def _load(name: str):
@@ -216,17 +226,6 @@ def _load(name: str):
             f"{name!r} is a {type(model).__name__}, which does not explain itself: train it with ShapleyTrainer first."
         )
     return model, processor
-
-
-def _save_figure(figure, path: Path) -> None:
-    """Write under a temporary name first, so that no half-written picture is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

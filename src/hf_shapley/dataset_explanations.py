@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 
 from .attribution_head import _evaluating
 from .checks import check_count, describe
+from .files import whole_file
 from .images import load_image
 
 MANIFEST = "manifest.json"
@@ -231,14 +233,18 @@ class _Writer:
         self.shard = None
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if self.shard is None:
-            return
-        if kind is None:
-            self._finish()  # the last shard may be short
-        else:
-            self.parquet.close()
-            self.file.close()
-            self.temporary.unlink()
+        try:
+            if kind is None and self.shard is not None:
+                self._finish()  # the last shard may be short
+        finally:
+            if self.shard is not None:
+                self._discard()
+
+    def _discard(self) -> None:
+        for part in (self.parquet, self.file):
+            with suppress(OSError, ValueError):  # closing fails too where the disk is full
+                part.close()
+        self.temporary.unlink(missing_ok=True)
 
 
 def _write_rows(
@@ -398,6 +404,5 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    with whole_file(folder / MANIFEST) as draft:
+        draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -31,6 +31,7 @@ from transformers import (
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .digits import digits_dataset
 from .estimators import exact_shapley
+from .files import whole_file
 from .metrics import attribution_correlation, error_ratio
 from .model_card import render_model_card, write_model_card
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
@@ -280,7 +281,8 @@ def _write(output: Path, model: PreTrainedModel, processor, test, pixels: Tensor
     write_model_card(
         output / "model" / "README.md", render_model_card(card_results(results), model_id=str(output / "model"))
     )
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with whole_file(output / "results.json") as draft:
+        draft.write_text(json.dumps(results, indent=2) + "\n")
     maps = model.explain(pixels[:12])  # (12, 10, 4, 4)
     logits = model(pixels[:12]).logits
     top = logits.topk(2).indices  # (12, 2): predicted label and runner-up
@@ -294,11 +296,11 @@ def _write(output: Path, model: PreTrainedModel, processor, test, pixels: Tensor
     )
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    (output / "attributions.png").write_bytes(picture.getvalue())
+    with whole_file(output / "attributions.png") as draft:
+        draft.write_bytes(picture.getvalue())
     template = Environment(loader=PackageLoader("hf_shapley"), autoescape=True).get_template("demo_report.html")
-    (output / "report.html").write_text(
-        template.render(results=results, picture=base64.b64encode(picture.getvalue()).decode())
-    )
+    with whole_file(output / "report.html") as draft:
+        draft.write_text(template.render(results=results, picture=base64.b64encode(picture.getvalue()).decode()))
 
 
 def _progress(items: Tensor, title: str):

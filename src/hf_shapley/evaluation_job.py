@@ -6,7 +6,6 @@ forward pass per patch), and chance. A certificate says how far the attributions
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 
 from .certificate import attribution_error_certificate
 from .digits import digits_dataset, train_digits_model
+from .files import whole_file
 from .images import to_rgb
 from .metrics import (
     BatchedGame,
@@ -90,11 +90,9 @@ def print_table(table: dict[str, dict[str, float]]) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write under a temporary name first, so that no half-written file is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write an indented JSON file, whole or not at all."""
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,25 @@
 """Sharing a model: weights, code, pipeline, image processor and card in one commit."""
 
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
-from transformers import BaseImageProcessor, PreTrainedModel
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
+from .files import whole_file
 from .model_card import MARKER, render_model_card, write_model_card
+
+logger = logging.getLogger(__name__)
 
 
 def push_to_hub(
@@ -43,32 +53,69 @@ def push_to_hub(
     Raises:
         HfHubHTTPError: the Hub refuses, because of the token for instance. Its files stay as they were.
         ConnectionError: the Hub cannot be reached.
+        ValueError: `results` is malformed. The Hub has not heard of anything.
         TypeError: the model is no Shapley image classifier.
     """
     if not hasattr(model, "coalition_values"):
         raise TypeError(f"`model` must be a Shapley image classifier, got {type(model).__name__}.")
-    api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except (HfHubHTTPError, OSError, ValueError):
-        raise
-    except Exception as error:  # the transport's own types, which differ between versions of huggingface_hub
-        raise ConnectionError(f"Cannot reach the Hub at {api.endpoint}: {error}. Check the network.") from error
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    results = {"model_name": repo_id.split("/")[-1], "labels": label_names(model)} if results is None else results
-    with tempfile.TemporaryDirectory() as folder:
+
+    def save(folder: str) -> None:
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
-        keep_card_of_hub(repo_id, folder, token=token, revision=revision)
-        write_model_card(folder, render_model_card(results, model_id=repo_id))
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
-            commit_message=commit_message,
-            revision=revision,
-        )
+
+    commit = {"commit_message": commit_message, "revision": revision}
+    return _publish(model, save, repo_id, results=results, private=private, token=token, commit=commit)
+
+
+def push_with_card(
+    self: PreTrainedModel | Pipeline,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = "50GB",
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Publish a model or pipeline in one commit, as transformers does, but with this library's card.
+
+    A card in the repository that somebody wrote is kept; one that was generated is replaced.
+
+    Args:
+        repo_id: "user/name"; created if it does not exist.
+        commit_message: title of the commit.
+        commit_description: its text.
+        private: whether a new repository is private; None = the account's default.
+        token: with write permission; None = the one of `hf auth login`.
+        revision: branch, created if it does not exist; None = the main one.
+        create_pr: open a pull request in place of changing the branch.
+        max_shard_size: size from which on weights are split into several files.
+        tags: added to the card, whoever wrote it.
+
+    Returns:
+        The commit, with its address.
+
+    Raises:
+        HfHubHTTPError: the Hub refuses, because of the token for instance. Its files stay as they were.
+        ConnectionError: the Hub cannot be reached.
+    """
+    return _publish(
+        getattr(self, "model", self),
+        lambda folder: self.save_pretrained(folder, max_shard_size=max_shard_size),
+        repo_id,
+        private=private,
+        token=token,
+        tags=tags or (),
+        commit={
+            "commit_message": commit_message or "Upload model",
+            "commit_description": commit_description,
+            "revision": revision,
+            "create_pr": create_pr,
+        },
+    )
 
 
 def keep_card_of_hub(
@@ -76,8 +123,8 @@ def keep_card_of_hub(
 ) -> None:
     """Bring a card that somebody wrote on the Hub into a folder that will be uploaded, so that it is not lost.
 
-    Nothing happens where the repository has no card or a generated one, or where the folder's own card was written by
-    somebody.
+    Nothing happens where the repository has no card or a generated one, where the Hub does not answer, or where the
+    folder's own card was written by somebody.
 
     Args:
         repo_id: "user/name" of an existing repository.
@@ -89,14 +136,13 @@ def keep_card_of_hub(
     if local.exists() and MARKER not in local.read_text(encoding="utf-8", errors="replace"):
         return
     try:
-        # A fresh copy in a folder of its own: the cache may hold an older one.
-        with tempfile.TemporaryDirectory() as download:
-            path = hf_hub_download(repo_id, "README.md", revision=revision, token=token, local_dir=download)
-            card = Path(path).read_bytes()
-    except (EntryNotFoundError, RevisionNotFoundError):
+        card = _written_card(repo_id, token, revision)
+    except ConnectionError as error:
+        logger.warning("%s", error)
         return
-    if card.strip() and MARKER.encode() not in card:
-        local.write_bytes(card)
+    if card is not None:
+        with whole_file(local) as draft:
+            draft.write_bytes(card)
 
 
 def label_names(model: PreTrainedModel) -> list[str]:
@@ -104,3 +150,74 @@ def label_names(model: PreTrainedModel) -> list[str]:
     config = model.config
     names = [config.id2label[label] for label in range(config.num_labels)]
     return [] if names == [f"LABEL_{label}" for label in range(config.num_labels)] else names
+
+
+def _publish(
+    model: PreTrainedModel,
+    save: Callable[[str], None],
+    repo_id: str,
+    *,
+    commit: dict[str, Any],
+    results: Mapping[str, Any] | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    tags: Sequence[str] = (),
+) -> CommitInfo:
+    """One commit of what `save` writes into a folder, and of a card."""
+    api, revision = HfApi(token=token), commit["revision"]
+    results = {"model_name": repo_id.split("/")[-1], "labels": label_names(model)} if results is None else results
+    with tempfile.TemporaryDirectory() as folder:
+        # First what may fail here, so that no empty repository is left.
+        save(folder)
+        render_model_card(results, model_id=repo_id)
+        with _reaching(api):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        card = _written_card(repo_id, token, revision)
+        readme = Path(folder) / "README.md"
+        if card is None:
+            write_model_card(readme, render_model_card(results, model_id=repo_id))
+        else:
+            readme.write_bytes(card)
+        _add_tags(readme, [*(model.model_tags or ()), *tags])
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        with _reaching(api):
+            return api.create_commit(repo_id, additions, **commit)
+
+
+@contextmanager
+def _reaching(api: HfApi) -> Iterator[None]:
+    """Name the Hub where the connection to it fails."""
+    try:
+        yield
+    except (HfHubHTTPError, OSError, ValueError):
+        raise
+    except Exception as error:  # the transport's own types, which differ between versions of huggingface_hub
+        raise ConnectionError(f"Cannot reach the Hub at {api.endpoint}: {error}. Check the network.") from error
+
+
+def _written_card(repo_id: str, token: bool | str | None, revision: str | None) -> bytes | None:
+    """The card that somebody wrote on the Hub; None if there is none, or a generated one."""
+    try:
+        # A fresh copy in a folder of its own: the cache may hold an older one.
+        with tempfile.TemporaryDirectory() as download:
+            path = hf_hub_download(repo_id, "README.md", revision=revision, token=token, local_dir=download)
+            card = Path(path).read_bytes()
+    except LocalEntryNotFoundError as error:  # no answer, which does not say that there is no card
+        raise ConnectionError(f"The Hub does not say whether {repo_id} has a card: {error}. Try again.") from error
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None
+    return card if card.strip() and MARKER.encode() not in card else None
+
+
+def _add_tags(readme: Path, tags: Sequence[str]) -> None:
+    """Put tags that a card lacks into its metadata."""
+    if not tags:
+        return
+    card = ModelCard.load(readme)
+    missing = [tag for tag in dict.fromkeys(tags) if tag not in (card.data.tags or [])]
+    if missing:
+        card.data.tags = [*(card.data.tags or []), *missing]
+        card.save(readme)

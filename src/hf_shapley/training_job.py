@@ -26,6 +26,7 @@ from transformers import (
 
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .digits import digits_dataset
+from .files import whole_file
 from .images import to_rgb
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
@@ -240,7 +241,8 @@ def write_predictions(trainer: ShapleyTrainer, rows: Dataset, path: Path) -> dic
             json.dumps({"row": i, "label": names[label], "score": round(score, 6)})
             for i, (label, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True))
         ]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with whole_file(path) as draft:
+            draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return result.metrics
 
 
