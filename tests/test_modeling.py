@@ -419,6 +419,15 @@ def test_bad_options_are_refused(config, options):
         config(**options)
 
 
+def test_options_given_while_loading_mean_what_they_mean_at_creation(backbone, tmp_path):
+    plain_model(backbone).save_pretrained(tmp_path)
+    load = SHAPLEY[backbone].from_pretrained
+    assert load(tmp_path).attribution_head.vote_gradient == 1
+    assert load(tmp_path, attribution_head="votes+influence").attribution_head.vote_gradient == 0
+    with pytest.raises(ValueError, match="influence_block"):
+        load(tmp_path, influence_block="gru")
+
+
 def test_upsampling_to_no_multiple_is_refused():
     with pytest.raises(ValueError, match="multiple of the grid"):
         upsample_attributions(torch.zeros(4, 6), (16, 25))

@@ -90,7 +90,10 @@ class AttributionHead(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, hidden_size: int, make_block: Callable[[], nn.Module]):
         super().__init__()
+        config.check_head()
         self.vote_gradient = config.vote_gradient
+        if self.vote_gradient is None:
+            self.vote_gradient = 1.0 if config.attribution_head == "votes" else 0.0
         self.influence_gradient = config.influence_gradient
         self.vote_blocks = nn.ModuleList(
             ResidualMLP(hidden_size, config.hidden_act) for _ in range(config.vote_layers)

@@ -69,7 +69,7 @@ class ShapleyConfigMixin:
         self._check_maps()
         super().__post_init__(**kwargs)
         self._check_labels()
-        self._check_head()
+        self.check_head()
 
     def __setattr__(self, name, value):
         try:
@@ -123,18 +123,17 @@ class ShapleyConfigMixin:
                 )
         self.label2id = {label: int(index) for label, index in self.label2id.items()}
 
-    def _check_head(self) -> None:
-        """Refuse unknown options of the attribution head."""
+    def check_head(self) -> None:
+        """Refuse unknown options of the attribution head; models ask again, as options can be set after creation."""
         if self.attribution_head not in ATTRIBUTION_HEADS:
             raise ValueError(f"`attribution_head` must be one of {ATTRIBUTION_HEADS}, got {self.attribution_head!r}.")
         if self.influence_block not in INFLUENCE_BLOCKS:
             raise ValueError(f"`influence_block` must be one of {INFLUENCE_BLOCKS}, got {self.influence_block!r}.")
         check_count(self.influence_layers, "influence_layers")
         check_count(self.vote_layers, "vote_layers", 0)
-        if self.vote_gradient is None:
-            self.vote_gradient = 1.0 if self.attribution_head == "votes" else 0.0
         for name in ("vote_gradient", "influence_gradient"):
-            check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
+            if name == "influence_gradient" or self.vote_gradient is not None:
+                check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
