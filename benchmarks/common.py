@@ -35,6 +35,18 @@ SHAPES: dict[str, dict] = {
     "vit-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "convnext-tiny": dict(hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3]),
     "convnext-base": dict(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3]),
+    # As the tests': 4 x 6 players on images of 16 x 24 pixels.
+    "vit-test": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=(16, 24),
+        patch_size=4,
+    ),
+    "convnext-test": dict(
+        hidden_sizes=[16, 32], depths=[1, 2], num_stages=2, patch_size=2, layer_scale_init_value=1.0
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,24 @@ def marked_incomplete(checkpoint: str | os.PathLike) -> Iterator[None]:
             raise
         raise OSError(f"Cannot write the checkpoint {str(checkpoint)!r} ({error}): is the disk full?") from error
     mark.unlink(missing_ok=True)
+
+
+def discard_surplus_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | None = None) -> None:
+    """Delete a run's oldest checkpoints, those cut off before those that are whole.
+
+    Args:
+        output_dir: the run's folder.
+        limit: how many to keep at most; None or 0 = all.
+        best: path of the best one, which is kept, as the newest one is.
+    """
+    if not limit or limit < 0:
+        return
+    folders = sorted(_checkpoints(output_dir), key=lambda path: (not _missing_parts(path), path.stat().st_mtime_ns))
+    kept = {*folders[-1:], *([Path(best)] if best else [])}
+    surplus = len(folders) - max(limit, len(kept.intersection(folders)))
+    for folder in [path for path in folders if path not in kept][: max(0, surplus)]:
+        with marked_incomplete(folder):  # a process killed on the way leaves none that looks whole
+            shutil.rmtree(folder)
 
 
 def complete_checkpoint(chosen: str | os.PathLike | Literal[True], output_dir: str | os.PathLike) -> str:
@@ -78,9 +97,14 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     Returns:
         Path of `checkpoint-N`, or None where there is none.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    complete = [path for path in folders if path.is_dir() and not _missing_parts(path)]
+    complete = [path for path in _checkpoints(output_dir) if not _missing_parts(path)]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Folders of a run's checkpoints, whole or not."""
+    found = Path(output_dir).glob("checkpoint-*")
+    return [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
 
 
 def _missing_parts(checkpoint: str | os.PathLike) -> list[str]:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .attribution_head import ShapleyImageClassifierOutput, scale_gradient
-from .checkpoints import complete_checkpoint, marked_incomplete
+from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
 from .checks import check_count, check_number
 from .coalitions import coalitions_to_ids, sample_coalitions
 from .hub import keep_card_of_hub
@@ -183,10 +183,24 @@ class ShapleyTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        limit = self.args.save_total_limit
         with marked_incomplete(checkpoint) if self.args.should_save else nullcontext():
-            self.accelerator.wait_for_everyone()  # no process overwrites an older one before it is marked
-            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                shutil.rmtree(checkpoint, ignore_errors=True)  # what a killed run left of it
+            self.accelerator.wait_for_everyone()  # no process writes before
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
             self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            discard_surplus_checkpoints(checkpoint.parent, limit, self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # After this the stock Trainer would delete older checkpoints, before the new one counts: a process killed
+        # there would leave none. The limit that was given is in training_args.bin by now.
+        self.args.save_total_limit = None
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and, where this is not one of the checkpoints on the way, its card."""
