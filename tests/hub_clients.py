@@ -1,6 +1,9 @@
 """What test_hub.py runs in processes of their own: `python hub_clients.py ROLE FOLDER` writes FOLDER/ROLE.json."""
 
+import contextlib
+import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,12 +55,33 @@ def logits(model) -> list[float]:
         return model.eval()(torch.linspace(-1, 1, 3 * 16 * 24).view(1, 3, 16, 24)).logits[0].tolist()
 
 
+def shell(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `hf-shapley`."""
+    from hf_shapley.cli import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def impatient():
+    """Between attempts to reach a Hub that does not answer, clients would wait half a minute in all."""
+    sleep, time.sleep = time.sleep, lambda seconds: None
+    try:
+        yield
+    finally:
+        time.sleep = sleep
+
+
 # ---- roles
 
 
 def push(folder: Path) -> dict:
     """Publish models in every way, and be refused."""
     import torch
+    from huggingface_hub import HfApi
+    from transformers import pipeline
 
     from hf_shapley.hub import push_to_hub
 
@@ -68,12 +92,20 @@ def push(folder: Path) -> dict:
     push_to_hub(models["vit-2"], processor(), "tester/vit", revision="second")
     push_to_hub(models["vit-2"], processor(), "tester/secret", private=True)
     models["convnext"].push_to_hub("tester/convnext")
+    explain = pipeline("shapley-image-classification", model=models["vit"], image_processor=processor(), device="cpu")
+    explain.push_to_hub("tester/piped", revision="second", tags=["toy"], commit_message="From a pipeline")
+    models["vit"].push_to_hub("tester/mine")
+    HfApi().upload_file(path_or_fileobj=USERS_CARD.encode(), path_in_repo="README.md", repo_id="tester/mine")
+    models["vit-2"].push_to_hub("tester/mine")
+    with impatient():
+        no_answer = refusal(lambda: models["vit"].push_to_hub("tester/mute"))
     return {
         "logits": {name: logits(model) for name, model in models.items()},
         "wrong token": refusal(lambda: push_to_hub(models["vit-2"], processor(), "tester/vit", token="hf_wrong")),
         "wrong token for a new repository": refusal(
             lambda: push_to_hub(models["vit"], processor(), "tester/new", token="hf_wrong")
         ),
+        "no answer": no_answer,
         "no Shapley model": refusal(lambda: push_to_hub(torch.nn.Linear(1, 1), processor(), "tester/vit")),
         **train(folder),
     }
@@ -182,6 +214,42 @@ def load_without_library(folder: Path) -> dict:
     }
 
 
+def push_by_shell(folder: Path) -> dict:
+    """Publish from the command line, in every way, and be refused."""
+    import torch
+
+    model, saved = altered_model("vit", seed=4), str(folder / "saved")
+    model.save_pretrained(saved)
+    processor().save_pretrained(saved)
+    torch.save(model.state_dict(), folder / "shell.pt")
+    metric = {"type": "accuracy", "value": 0.5, "name": "Accuracy"}
+    (folder / "results.json").write_text(json.dumps({"model_name": "By shell", "metrics": [metric]}))
+    (folder / "broken.json").write_text("{")
+    (folder / "nameless.json").write_text("{}")
+    outcomes = {
+        "push": shell("push", saved, "tester/shell", "--results", str(folder / "results.json"), "--message", "Hello"),
+        "branch": shell("push", saved, "tester/shell", "--revision", "v2"),
+        "private": shell("push", saved, "tester/hidden", "--private"),
+        "broken results": shell("push", saved, "tester/never", "--results", str(folder / "broken.json")),
+        "nameless results": shell("push", saved, "tester/never", "--results", str(folder / "nameless.json")),
+    }
+    os.environ["HF_TOKEN"] = "hf_wrong"
+    return {**outcomes, "wrong token": shell("push", saved, "tester/shell", "--message", "Refused")}
+
+
+def explain_by_shell(folder: Path) -> dict:
+    """Use from the command line what was published from it."""
+    from transformers import AutoModelForImageClassification
+
+    picture().save(folder / "picture.png")
+    explain = ("explain", str(folder / "picture.png"), "-o", str(folder / "explained.png"), "--json", "--model")
+    return {
+        "from the Hub": shell(*explain, "tester/shell"),
+        "from the folder": shell(*explain, str(folder / "saved")),
+        "same": same_weights(AutoModelForImageClassification.from_pretrained("tester/shell"), folder / "shell.pt"),
+    }
+
+
 def push_and_be_killed(folder: Path) -> dict:
     from hf_shapley.hub import push_to_hub
 
@@ -190,14 +258,20 @@ def push_and_be_killed(folder: Path) -> dict:
 
 
 def find_no_hub(folder: Path) -> dict:
-    time.sleep = lambda seconds: None  # between attempts clients wait half a minute in all
     from hf_shapley import ShapleyViTForImageClassification
     from hf_shapley.hub import push_to_hub
 
-    return {
-        "load": refusal(lambda: ShapleyViTForImageClassification.from_pretrained("tester/vit")),
-        "push": refusal(lambda: push_to_hub(altered_model("vit"), processor(), "tester/vit")),
-    }
+    picture().save(folder / "x.png")
+    for part in (altered_model("vit"), processor()):
+        part.save_pretrained(folder / "saved here")
+    with impatient():
+        return {
+            "load": refusal(lambda: ShapleyViTForImageClassification.from_pretrained("tester/vit")),
+            "push": refusal(lambda: push_to_hub(altered_model("vit"), processor(), "tester/vit")),
+            "push of a model by itself": refusal(lambda: altered_model("vit").push_to_hub("tester/vit")),
+            "explain by shell": shell("explain", str(folder / "x.png"), "--model", "tester/vit", "-o", "x.png")[2],
+            "push by shell": shell("push", str(folder / "saved here"), "tester/vit")[2],
+        }
 
 
 if __name__ == "__main__":

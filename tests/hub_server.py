@@ -1,16 +1,24 @@
 """A small Hugging Face Hub on the loopback interface, which real clients push to and load from over HTTP.
 
-It knows model repositories with commits, branches, private ones and tokens. Weights take the large-file (LFS) path, so
-clients must set HF_HUB_DISABLE_XET=1. `Hub.uploads` lets a test hold an upload in the middle.
+It knows model repositories with commits, branches, private ones and tokens. Weights take the large-file (LFS) path,
+for which clients must set HF_HUB_DISABLE_XET=1, or with `Hub(xet=True)` the Xet one, whose store then is a folder that
+the client reads and writes by itself. `Hub.uploads` lets a test hold an upload in the middle, and `Hub.mute` names
+files about which the server does not answer.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import struct
+import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import ModelCard
@@ -68,9 +76,12 @@ class Hold:
 class Hub:
     """The server; use it as a context manager."""
 
-    def __init__(self):
+    def __init__(self, *, xet: bool = False):
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}  # by SHA-256
+        self.xet = tempfile.TemporaryDirectory() if xet else None
+        self.xet_tokens: list[str] = []  # "write" and "read", as they were asked for
+        self.mute: set[str] = set()
         self.uploads = Hold()
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
@@ -86,10 +97,32 @@ class Hub:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        if self.xet:
+            self.xet.cleanup()
 
     def files(self, name: str, revision: str = "main") -> dict[str, File]:
         repository = self.repositories[f"{OWNER}/{name}"]
         return repository.commits[repository.resolve(revision)]
+
+    def xet_hash(self, sha256: str) -> str | None:
+        """Name in the Xet store of a file of this SHA-256, None if it never arrived."""
+        shards = Path(self.xet.name).glob("xet/xorbs/shards/*.mdb") if self.xet else ()
+        return next((name for path in shards for name, found in xet_files(path.read_bytes()) if found == sha256), None)
+
+
+def xet_files(shard: bytes) -> Iterator[tuple[str, str]]:
+    """Xet name and SHA-256 of each file in a shard: records of 48 bytes, a header and the number of those after it."""
+
+    def name(record: bytes) -> str:
+        return "".join(f"{number:016x}" for number in struct.unpack("<4Q", record[:32]))
+
+    place = 48
+    while place + 48 <= len(shard) and (header := shard[place : place + 48])[:32] != b"\xff" * 32:
+        flags, entries = struct.unpack("<II", header[32:40])
+        place += 48 * (1 + entries * (2 if flags >> 31 else 1))
+        if flags >> 30 & 1:
+            yield name(header), name(shard[place : place + 48])
+            place += 48
 
 
 class Refusal(Exception):
@@ -116,6 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/([^/]+/[^/]+)/branch/(.+)", "create_branch"),
         ("POST", r"/api/models/([^/]+/[^/]+)/preupload/(.+)", "preupload"),
         ("POST", r"/api/models/([^/]+/[^/]+)/commit/(.+)", "commit"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/xet-(read|write)-token/(.+)", "xet_token"),
         ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
         ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
     )
@@ -159,7 +193,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # from a client that was killed
+                self.wfile.write(body)
 
     # ---- who may do what
 
@@ -229,6 +264,16 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.large[sha256] = body
         return {}
 
+    def xet_token(self, body: bytes, name: str, kind: str, revision: str) -> tuple[dict, dict]:
+        """Where the Xet store is, and for how long it may be used."""
+        self.revision(name, revision)
+        if kind == "write" and not self.signed_in:
+            raise Refusal(401, "Unauthorized")
+        self.hub.xet_tokens.append(kind)
+        store, end = f"local://{self.hub.xet.name}", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": store, "X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": str(end)}
+        return {"casUrl": store, "accessToken": "t", "exp": end}, headers
+
     def commit(self, body: bytes, name: str, branch: str) -> dict:
         repository = self.repository(name)
         with self.hub.lock:
@@ -245,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
             content = base64.b64decode(value["content"])
             files[value["path"]] = File(content, size=len(content))
         elif key == "lfsFile":
-            if value["oid"] not in self.hub.large:
+            if value["oid"] not in self.hub.large and self.hub.xet_hash(value["oid"]) is None:
                 raise Refusal(400, f"The content of {value['path']} was never uploaded")
             files[value["path"]] = File(sha256=value["oid"], size=value["size"])
         elif key == "deletedFile":
@@ -255,14 +300,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def download(self, body: bytes, name: str, revision: str, path: str) -> tuple[bytes, dict]:
         commit, files = self.revision(name, revision)
+        if f"{name}/{path}" in self.hub.mute:
+            raise Refusal(503, "Try again later")
         if path not in files:
             raise Refusal(404, "Entry not found", "EntryNotFound", commit)
         file = files[path]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{file.sha256 or file.blob_id}"'}
         if file.sha256 is None:
             return file.content, headers
-        linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(file.size)}
-        return self.hub.large[file.sha256], {**headers, **linked}
+        headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(file.size)}
+        if self.hub.xet is None:
+            return self.hub.large[file.sha256], headers
+        route = f"{self.hub.address}/api/models/{name}/xet-read-token/{commit}"
+        return b"", {**headers, "X-Xet-Hash": self.hub.xet_hash(file.sha256), "X-Xet-Refresh-Route": route}
 
     def tree(self, body: bytes, name: str, revision: str) -> list:
         _, files = self.revision(name, revision)

@@ -26,7 +26,7 @@ CODE = {
 }
 
 
-def start(role: str, folder: Path, address: str, token: str = TOKEN) -> subprocess.Popen:
+def start(role: str, folder: Path, address: str, token: str = TOKEN, *, xet: bool = False) -> subprocess.Popen:
     """Run one of hub_clients.py's roles with a fresh Hugging Face home."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTEST_"))}
     environment = {
@@ -35,7 +35,7 @@ def start(role: str, folder: Path, address: str, token: str = TOKEN) -> subproce
         "HF_ENDPOINT": address,
         "HF_TOKEN": token,
         "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_XET": "0" if xet else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(CLIENTS.parent),
@@ -54,7 +54,7 @@ def start(role: str, folder: Path, address: str, token: str = TOKEN) -> subproce
 def results(processes: dict[str, subprocess.Popen], folder: Path) -> dict[str, dict]:
     """Wait for all of the processes, and read what they found."""
     try:
-        codes = {role: process.wait(timeout=120) for role, process in processes.items()}
+        codes = {role: process.wait(timeout=300) for role, process in processes.items()}
     finally:
         for process in processes.values():
             process.kill()
@@ -67,6 +67,13 @@ def results(processes: dict[str, subprocess.Popen], folder: Path) -> dict[str, d
 @pytest.fixture(scope="module")
 def hub():
     with Hub() as hub:
+        hub.mute.add("tester/mute/README.md")
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def xet_hub():
+    with Hub(xet=True) as hub:
         yield hub
 
 
@@ -76,9 +83,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first_clients(hub, folder):
-    """One that pushes, and beside it one that looks for a Hub where nobody listens."""
-    processes = {"push": start("push", folder, hub.address), "find_no_hub": start("find_no_hub", folder, NOWHERE)}
+def first_clients(hub, xet_hub, folder):
+    """Two that push, and beside them one that looks for a Hub where nobody listens."""
+    processes = {
+        "push": start("push", folder, hub.address),
+        "push_by_shell": start("push_by_shell", folder, xet_hub.address, xet=True),
+        "find_no_hub": start("find_no_hub", folder, NOWHERE),
+    }
     return results(processes, folder)
 
 
@@ -88,10 +99,17 @@ def pushed(first_clients):
 
 
 @pytest.fixture(scope="module")
-def loaded(pushed, hub, folder):
-    """What both kinds of reader saw, run side by side; neither has a token of its own."""
+def pushed_by_shell(first_clients):
+    return first_clients["push_by_shell"]
+
+
+@pytest.fixture(scope="module")
+def loaded(pushed, hub, xet_hub, folder):
+    """What every kind of reader saw, run side by side; none has a token of its own."""
     roles = ("load_with_library", "load_without_library")
-    return results({role: start(role, folder, hub.address, token="") for role in roles}, folder)
+    processes = {role: start(role, folder, hub.address, token="") for role in roles}
+    processes["explain_by_shell"] = start("explain_by_shell", folder, xet_hub.address, token="", xet=True)
+    return results(processes, folder)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +155,73 @@ def test_a_pushed_model_has_a_card(pushed, hub):
     assert "hf_shapley" in card.data.tags
     assert "cat, dog" in card.text
     assert "tester/vit" in card.text
+
+
+@pytest.mark.parametrize("name, revision", [("convnext", "main"), ("piped", "second")])
+def test_models_and_pipelines_publish_the_same_card_by_themselves(pushed, hub, name, revision):
+    card = ModelCard(hub.files(name, revision)["README.md"].content.decode())
+    assert GENERATED in card.text
+    assert "cat, dog" in card.text
+    assert card.data.pipeline_tag == "image-classification"
+    assert ("toy" in card.data.tags) == (name == "piped")
+    assert ("preprocessor_config.json" in hub.files(name, revision)) == (name == "piped")
+    assert len(hub.repositories[f"tester/{name}"].commits) == 2  # the empty one, and ours
+
+
+def test_a_model_keeps_a_card_that_somebody_wrote_on_the_hub(pushed, hub):
+    assert hub.files("mine")["README.md"].content.decode() == USERS_CARD
+    assert hub.files("mine")["model.safetensors"] == hub.files("vit", "second")["model.safetensors"]
+
+
+def test_without_an_answer_about_the_card_nothing_is_published(pushed, hub):
+    assert pushed["no answer"].startswith("ConnectionError: The Hub does not say whether tester/mute has a card")
+    assert hub.files("mute") == {}
+
+
+# ---- the shell, over Xet
+
+
+def test_the_shell_publishes_all_that_loading_needs_over_xet(pushed_by_shell, xet_hub):
+    for name, outcome, revision in (
+        ("shell", "push", "main"),
+        ("shell", "branch", "v2"),
+        ("hidden", "private", "main"),
+    ):
+        code, printed, _ = pushed_by_shell[outcome]
+        commit = xet_hub.repositories[f"tester/{name}"].branches[revision]
+        assert (code, printed) == (0, f"{xet_hub.address}/tester/{name}/commit/{commit}\n")
+        files = xet_hub.files(name, revision)
+        assert CODE | {"config.json", "preprocessor_config.json", "README.md"} <= files.keys()
+        assert xet_hub.xet_hash(files["model.safetensors"].sha256)
+    assert xet_hub.large == {}
+    assert "write" in xet_hub.xet_tokens
+    assert xet_hub.repositories["tester/hidden"].private
+    assert not xet_hub.repositories["tester/shell"].private
+
+
+def test_the_shell_publishes_the_results_it_is_given(pushed_by_shell, xet_hub):
+    cards = [ModelCard(xet_hub.files("shell", name)["README.md"].content.decode()) for name in ("main", "v2")]
+    assert [result.metric_value for result in cards[0].data.eval_results] == [0.5]
+    assert cards[1].data.eval_results is None
+
+
+def test_what_the_shell_published_over_xet_comes_back(loaded, xet_hub):
+    seen = loaded["explain_by_shell"]
+    assert seen["same"]
+    assert seen["from the Hub"][0] == 0
+    assert seen["from the Hub"][:2] == seen["from the folder"][:2]
+    assert "read" in xet_hub.xet_tokens
+
+
+def test_the_shell_says_in_one_line_what_it_is_refused(pushed_by_shell, xet_hub):
+    reasons = {"wrong token": "401", "broken results": "broken.json", "nameless results": "`model_name`"}
+    for outcome, reason in reasons.items():
+        code, printed, error = pushed_by_shell[outcome]
+        assert (code, printed) == (1, "")
+        assert error.startswith("hf-shapley push: ")
+        assert reason in error
+    assert "tester/never" not in xet_hub.repositories
+    assert len(xet_hub.repositories["tester/shell"].commits) == 3  # the empty one, main and the branch
 
 
 # ---- the trainer
@@ -241,7 +326,7 @@ def test_an_interrupted_upload_leaves_the_repository_as_it_was(loaded, hub, fold
     hub.uploads.open.clear()
     process = start("push_and_be_killed", folder, hub.address)
     try:
-        assert hub.uploads.reached.wait(60), "the upload never came"
+        assert hub.uploads.reached.wait(120), "the upload never came"
     finally:
         process.kill()
         process.wait()
@@ -255,5 +340,6 @@ def test_a_hub_that_cannot_be_reached_is_named(first_clients):
     errors = first_clients["find_no_hub"]
     assert errors["load"].startswith("OSError")
     assert errors["push"].startswith("ConnectionError")
-    assert NOWHERE in errors["load"]
-    assert NOWHERE in errors["push"]
+    assert errors["push of a model by itself"].startswith("ConnectionError")
+    for action, error in errors.items():
+        assert NOWHERE in error, action
