@@ -15,7 +15,10 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-import gradio as gr
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("The demo needs gradio: install it with `pip install hf_shapley[demo]`.") from error
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor

@@ -37,7 +37,7 @@ from .model_card import render_model_card, write_model_card
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
-from .visualization import attribution_grid
+from .visualization import _matplotlib, attribution_grid
 
 # 4 x 4 = 16 players each, so that all 65,536 coalitions can be evaluated.
 BACKBONES = {
@@ -105,6 +105,7 @@ def run_demo(settings: DemoSettings) -> dict:
     Returns:
         The results, as written to `results.json`; with several seeds, means over seeds, and a list by seed.
     """
+    _matplotlib()  # in the end, when the figure is drawn, it would be late to find it missing
     start = time.perf_counter()
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
