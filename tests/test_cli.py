@@ -57,6 +57,7 @@ def test_explain_draws_the_labels_asked_for(checkpoint, picture, tmp_path, capsy
     [
         ({"image": "no_such.png"}, "no_such.png"),
         ({"image": "text.png"}, "text.png"),
+        ({"image": "empty.png"}, "empty.png': it is empty (0 bytes)"),
         ({"output": "out.txt"}, "must end in"),
         ({"extra": ["--label", "dog"]}, "Unknown labels"),
         ({"extra": ["--top-k", "9"]}, "--top-k"),
@@ -66,6 +67,7 @@ def test_explain_draws_the_labels_asked_for(checkpoint, picture, tmp_path, capsy
 )
 def test_a_bad_request_is_one_clear_line_and_nothing_written(checkpoint, picture, tmp_path, capsys, change, message):
     (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
     ViTForImageClassification(
         ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ).save_pretrained(tmp_path / "plain")
@@ -115,6 +117,25 @@ def test_train_then_evaluate_on_digits(tmp_path, capsys):
     assert printed["methods"]["model"]["efficiency_gap"] < 1e-5
     assert main(["evaluate", "--model", model, "--images", "1"]) == 1
     assert "--images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_damaged_picture_of_a_data_set_is_named(checkpoint, tmp_path, capsys, command):
+    for index in range(4):
+        path = tmp_path / "pictures" / "train" / f"kind {index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 16)).save(path)
+    path.write_bytes(path.read_bytes()[:40])
+    options = {
+        "train": ["--ignore_mismatched_sizes", "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_cpu"],
+        "evaluate": ["--split", "train", "--images", "4", "-o", str(tmp_path / "out.json")],
+    }
+    dataset = ["--dataset", str(tmp_path / "pictures"), "--model", checkpoint]
+    assert main([command, *dataset, *options[command]]) == 1
+    error = capsys.readouterr().err
+    assert f"hf-shapley {command}: Cannot read" in error
+    assert "3.png" in error
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_unknown_options_are_a_wrong_command_line(capsys):

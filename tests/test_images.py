@@ -195,6 +195,19 @@ def test_the_pixel_limit_is_inclusive_and_holds_for_pillow_images():
         load_image(encoded(image, format="PNG"), max_pixels=99)
 
 
+def test_what_a_data_set_did_not_decode_is_read_by_its_bytes_and_named_by_its_path(tmp_path):
+    data = encoded(Image.new("RGB", (2, 1), RED), format="PNG")
+    (tmp_path / "red.png").write_bytes(data)
+    for source in ({"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": str(tmp_path / "red.png")}):
+        assert load_image(source).getpixel((0, 0)) == RED
+    with pytest.raises(OSError, match=r"'elsewhere\.png' as a picture"):
+        load_image({"bytes": data[:20], "path": "elsewhere.png"})
+    with pytest.raises(TypeError, match="got NoneType"):
+        load_image({"bytes": None, "path": None})
+    with pytest.raises(TypeError, match="got dict"):
+        load_image({"image": data})
+
+
 def test_urls_are_not_fetched():
     with pytest.raises(ValueError, match="download it first"):
         load_image("https://example.org/cat.png")

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 from .certificate import attribution_error_certificate
 from .digits import digits_dataset, train_digits_model
 from .files import whole_file
-from .images import to_rgb
+from .images import load_image
 from .metrics import (
     BatchedGame,
     comprehensiveness_sufficiency,
@@ -27,6 +27,7 @@ from .metrics import (
     insertion_deletion,
     interaction_share,
 )
+from .training_job import undecoded
 
 MEANINGS = {
     "insertion_auc": "probability as the best patches come, higher is better",
@@ -117,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
     model, processor, rows = load(options)
     if options.image_column not in rows.column_names:
         raise ValueError(f"`--image_column` must be one of {rows.column_names}, got {options.image_column!r}.")
-    pictures = [to_rgb(picture) for picture in rows[options.image_column][:]]
+    pictures = [load_image(picture) for picture in undecoded(rows, options.image_column)[options.image_column][:]]
     pixels = processor(pictures, return_tensors="pt")["pixel_values"]
     own = model.explain(pixels).flatten(2).transpose(1, 2)  # (images, players, labels)
 

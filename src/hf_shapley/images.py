@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from stat import S_ISREG
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -58,13 +58,16 @@ def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.frombytes("L", image.size, bytes(((levels + 128) // 257).to(torch.uint8).numpy()))
 
 
-def load_image(source: str | os.PathLike | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: str | os.PathLike | bytes | Image.Image | dict[str, Any], *, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Read one picture from a file, from bytes or from Pillow, and refuse what cannot be a picture of sane size.
 
     The size is checked from the header, before any pixel is decoded. Of an animation the first frame is read.
 
     Args:
-        source: path, encoded bytes, or a Pillow image. URLs are not fetched.
+        source: path, encoded bytes, a Pillow image, or a dict with "bytes" or "path" as data sets hand out what they
+            did not decode. URLs are not fetched.
         max_pixels: largest width x height accepted.
 
     Returns:
@@ -80,11 +83,18 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, *, max_pixels: i
     if isinstance(source, Image.Image):
         _check_pixels(source.size, max_pixels, "the image")
         return to_rgb(source)
+    name = "the image given as bytes"
+    if isinstance(source, dict) and {"bytes", "path"} & source.keys():
+        path, data = source.get("path"), source.get("bytes")
+        name, source = (repr(path) if path else name), cast("str | bytes", path if data is None else data)
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), max_pixels, "the image given as bytes")
+        return _decode(io.BytesIO(source), max_pixels, name)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"`source` must be a path, bytes or a PIL.Image.Image, got {type(source).__name__}.")
-    path = os.fsdecode(source)
+    return _load_file(os.fsdecode(source), max_pixels)
+
+
+def _load_file(path: str, max_pixels: int) -> Image.Image:
     if not path:
         raise ValueError("`source` must be the path of a picture, got an empty text.")
     if path.startswith(("http://", "https://")):

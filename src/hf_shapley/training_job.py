@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -27,7 +29,7 @@ from transformers import (
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .digits import digits_dataset
 from .files import whole_file
-from .images import to_rgb
+from .images import load_image
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
@@ -160,6 +162,12 @@ def _read(args: DataArguments) -> DatasetDict:
     return load_dataset(args.dataset, args.dataset_config)
 
 
+def undecoded(rows: Dataset, column: str = "image") -> Dataset:
+    """The same rows with pictures as bytes or paths: `load_image` reads them, and names one that it cannot read."""
+    decodes = isinstance(rows.features[column], ImageFeature)
+    return rows.cast_column(column, ImageFeature(decode=False)) if decodes else rows
+
+
 def _named(splits: DatasetDict, wanted: str | None, *usual: str) -> Dataset | None:
     """The split asked for, else the first of the usual ones that exists."""
     if wanted is not None and wanted not in splits:
@@ -207,8 +215,8 @@ def make_transform(
 ) -> Callable[[dict], dict]:
     """A batch of rows with image and label -> pixel_values and labels, the pictures augmented if asked."""
 
-    def augment(image: Image.Image) -> Image.Image:
-        image = to_rgb(image)
+    def augment(source: Any) -> Image.Image:
+        image = load_image(source)
         if random_crop < 1:
             edge = sqrt(random.uniform(random_crop, 1))
             width, height = max(1, round(edge * image.width)), max(1, round(edge * image.height))
@@ -259,8 +267,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer = ShapleyTrainer(
         model,
         args,
-        train_dataset=splits["train"].with_transform(augmented),
-        eval_dataset=splits["eval"].with_transform(plain),
+        train_dataset=undecoded(splits["train"]).with_transform(augmented),
+        eval_dataset=undecoded(splits["eval"]).with_transform(plain),
         processing_class=processor,
         compute_metrics=accuracy,
     )
@@ -277,7 +285,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         _report(trainer, "eval", metrics)
     if args.do_predict:
         path = Path(args.output_dir) / "predictions.jsonl"
-        _report(trainer, "predict", write_predictions(trainer, splits["predict"].with_transform(plain), path))
+        rows = undecoded(splits["predict"]).with_transform(plain)
+        _report(trainer, "predict", write_predictions(trainer, rows, path))
     card = {
         "finetuned_from": _hub_id(model_args.model),
         "dataset": data_args.dataset or "scikit-learn digits",
