@@ -47,14 +47,16 @@ PLAIN = {
     "vit": (
         ViTForImageClassification,
         ViTConfig,
-        dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256),
+        dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=192),
     ),
     "convnext": (
         ConvNextForImageClassification,
         ConvNextConfig,
-        dict(hidden_sizes=[96], depths=[6], num_stages=1, layer_scale_init_value=1.0),
+        dict(hidden_sizes=[96], depths=[4], num_stages=1, layer_scale_init_value=1.0),
     ),
 }
+# On CPUs the backward pass of torch's fused attention is slow in bfloat16: 65 tokens do not need it.
+ATTENTION = {"attn_implementation": "eager"}
 SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}
 
 
@@ -89,6 +91,13 @@ RECIPES = {
     "influence, values 0.3": Recipe(BASE | dict(value_gradient=0.3), _influence()),
     "influence, values 0.3, odd part": Recipe(BASE | dict(value_gradient=0.3, even_weight=0.0), _influence()),
     "influence, votes 0.3, values 0.3": Recipe(BASE | dict(value_gradient=0.3), _influence(vote_gradient=0.3)),
+    "influence, votes 1, values 1": Recipe(BASE, _influence(influence_block="mlp", vote_gradient=1.0)),
+    "pooled, values 0.1": Recipe(
+        BASE | dict(value_gradient=0.1), _influence(influence_block="mlp", vote_readout="pooled")
+    ),
+    "pooled, votes 1, values 1": Recipe(
+        BASE, _influence(influence_block="mlp", vote_readout="pooled", vote_gradient=1.0)
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
 }
 
@@ -163,6 +172,7 @@ def train(model: PreTrainedModel, images: Images, folder: Path, options, recipe:
         warmup_steps=0.1,
         seed=options.seed,
         bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
         save_strategy="epoch",
         save_total_limit=1,
         logging_steps=50,
@@ -227,16 +237,16 @@ def run(name: str, options, train_images: Images, test_images: Images) -> None:
     start = work / "start"
     if not (start / "config.json").exists():
         set_seed(options.seed)
-        model = plain_class(plain_config(**shape, image_size=32, patch_size=4, num_labels=10))
+        model = plain_class(plain_config(**shape, image_size=32, patch_size=4, num_labels=10, **ATTENTION))
         if options.pretrain:
             model, _ = train(model, train_images, work / "pretraining", options, None, options.pretrain)
         model.save_pretrained(start)
     recipe = RECIPES[name]
     set_seed(options.seed)
     model = (
-        plain_class.from_pretrained(start)
+        plain_class.from_pretrained(start, **ATTENTION)
         if recipe is None
-        else SHAPLEY[options.backbone].from_pretrained(start, **recipe.config)
+        else SHAPLEY[options.backbone].from_pretrained(start, **ATTENTION, **recipe.config)
     )
     model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs)
     measured = measure(model, test_images, options)

@@ -1,6 +1,7 @@
-"""Small models and images that the tests share."""
+"""Small models and images that the tests share, and the count of cases that property tests tried."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,11 +58,33 @@ def attribution_head(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def model(backbone, attribution_head):
-    return make_model(backbone, attribution_head=attribution_head)
+@pytest.fixture(params=["votes", "votes+influence", "pooled votes+influence"])
+def model(backbone, request):
+    readout = "pooled" if "pooled" in request.param else "patches"
+    return make_model(backbone, attribution_head=request.param.split()[-1], vote_readout=readout)
 
 
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
     return torch.randn(3, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Note how many cases hypothesis made of a test, where `record_property("cases", ...)` does so for a table."""
+    report = yield
+    if report.when == "call":
+        statistics = getattr(item, "hypothesis_statistics", "")
+        counts = re.findall(r"(\d+) passing\D*?, (\d+) failing", statistics)
+        if counts:
+            report.user_properties.append(("cases", sum(int(count) for pair in counts for count in pair)))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many cases were tried, of how many tests."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    called = [report for report in reports if getattr(report, "when", None) == "call"]
+    counts = [value for report in called for name, value in report.user_properties if name == "cases"]
+    if counts:
+        terminalreporter.write_line(f"{len(counts)} property and table tests tried {sum(counts)} cases.")

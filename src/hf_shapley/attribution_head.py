@@ -91,6 +91,7 @@ class AttributionHead(nn.Module):
     def __init__(self, config: PreTrainedConfig, hidden_size: int, make_block: Callable[[], nn.Module]):
         super().__init__()
         config.check_head()
+        self.pooled = config.vote_readout == "pooled"
         self.vote_gradient = config.vote_gradient
         if self.vote_gradient is None:
             self.vote_gradient = 1.0 if config.attribution_head == "votes" else 0.0
@@ -108,15 +109,23 @@ class AttributionHead(nn.Module):
             self.influence_norm = nn.LayerNorm(hidden_size)
             self.influence = ZeroLinear(hidden_size, config.num_labels, bias=False)
 
-    def votes(self, tokens: Tensor, classifier: nn.Linear) -> Tensor:
-        """Each token's vote: (..., N, D) -> (..., N, K), float32, divided by the number of players N."""
-        return nn.functional.linear(self.vote_tokens(tokens), classifier.weight).float() / tokens.shape[-2]
+    def votes(self, tokens: Tensor, classifier: nn.Linear, members: Tensor) -> Tensor:
+        """Each player's vote, divided by the number of players: as `voters` -> (..., N, K), float32."""
+        return nn.functional.linear(self.voters(tokens, members), classifier.weight).float() / members.shape[-1]
 
-    def vote_tokens(self, tokens: Tensor) -> Tensor:
-        """What the classifier reads: (..., N, D) -> (..., N, D)."""
+    def voters(self, tokens: Tensor, members: Tensor) -> Tensor:
+        """What the classifier reads for each player.
+
+        Args:
+            tokens: of the players, (..., N, D); with `vote_readout="pooled"` one per coalition, (..., G, D).
+            members: bool (..., G, N), True = member.
+
+        Returns:
+            (..., N, D).
+        """
         for block in self.vote_blocks:
             tokens = block(tokens)
-        return tokens
+        return share_evenly(tokens, members) if self.pooled else tokens
 
     def attributions(self, tokens: Tensor, votes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Votes of the full image, plus the influence term where there is one: (B, N, D), (B, N, K) -> (B, N, K)."""
@@ -142,6 +151,16 @@ class AttributionHead(nn.Module):
         return self.influence_norm(tokens)
 
 
+def share_evenly(pooled: Tensor, members: Tensor) -> Tensor:
+    """Give each member N / size times its coalition's token: (..., G, D), bool (..., G, N) -> (..., N, D), float32.
+
+    Summed over the members and divided by N it is that token again; an empty coalition's is lost.
+    """
+    shares = members.shape[-1] / members.sum(-1).clamp(min=1)  # (..., G)
+    with torch.autocast(pooled.device.type, enabled=False):
+        return (members * shares.unsqueeze(-1)).transpose(-1, -2) @ pooled.float()
+
+
 def sums_of_linear(tokens: Tensor, coalitions: Tensor, weight: Tensor) -> Tensor:
     """A linear map of tokens, summed over coalitions: (..., N, D), bool (..., M, N), (K, D) -> (..., M, K), float32.
 
@@ -155,9 +174,10 @@ def sums_of_linear(tokens: Tensor, coalitions: Tensor, weight: Tensor) -> Tensor
 class ShapleyImageClassifierMixin:
     """Forward, explanation and game of a Shapley image classifier, over three hooks that each backbone provides.
 
-    `_embed(pixel_values, interpolate_pos_encoding)` gives the patch embeddings, `_tokens(embeddings)` the tokens
-    (B, N, D) of the full image, and `_structured_tokens(embeddings, coalition_ids, num_coalitions)` the tokens
-    (B', R, N, D) of players that see only their own coalition.
+    `_embed(pixel_values, interpolate_pos_encoding)` gives the patch embeddings, `_tokens(embeddings)` the patch tokens
+    (B, N, D) of the full image and those that vote, and `_structured_tokens(embeddings, coalition_ids, members)` those
+    that vote where players see only their own coalition. Voting tokens are the patches' own, (B', R, N, D), or with
+    `vote_readout="pooled"` one for each of G coalitions, (B', R, G, D).
     """
 
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
@@ -253,7 +273,7 @@ class ShapleyImageClassifierMixin:
         recorded = {}
         structured = None
         if coalition_ids is None:
-            tokens, recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
+            (tokens, voting), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
             if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions")):
                 raise ValueError(
@@ -261,13 +281,15 @@ class ShapleyImageClassifierMixin:
                 )
             num_coalitions = _check_coalition_ids(coalition_ids, num_coalitions, len(pixel_values), grid)
             embeddings = self._embed(pixel_values, interpolate_pos_encoding)
-            tokens = self._tokens(embeddings)  # (B, N, D)
-            structured = self._structured_tokens(embeddings, coalition_ids, num_coalitions)  # (B', R, N, D)
+            tokens, voting = self._tokens(embeddings)
+            members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
+            structured = members, self._structured_tokens(embeddings, coalition_ids, members)
 
+        everyone = tokens.new_ones(tokens.shape[0], 1, tokens.shape[1], dtype=torch.bool)
         if sums_only:
-            gains, fields = self._sums(tokens, structured, coalition_ids, num_coalitions, grid)
+            gains, fields = self._sums(tokens, voting, everyone, *structured, grid)
         else:
-            gains, fields = self._votes(tokens, structured, grid)
+            gains, fields = self._votes(tokens, voting, everyone, structured, grid)
         base_values = self._base_values()
         logits = base_values + gains  # (B, K)
         return ShapleyImageClassifierOutput(
@@ -279,36 +301,46 @@ class ShapleyImageClassifierMixin:
         )
 
     def _votes(
-        self, tokens: Tensor, structured: Tensor | None, grid: tuple[int, int]
+        self,
+        tokens: Tensor,
+        voting: Tensor,
+        everyone: Tensor,
+        structured: tuple[Tensor, Tensor] | None,
+        grid: tuple[int, int],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gain of the full image (B, K), and the output's fields that hold something for each player."""
         head = self.attribution_head
-        votes = head.votes(tokens, self.classifier)  # (B, N, K)
+        votes = head.votes(voting, self.classifier, everyone)  # (B, N, K)
         fields = {"attributions": head.attributions(tokens, votes, grid)}
         if structured is not None:
-            fields["coalition_votes"] = head.votes(structured, self.classifier)
+            members, voting = structured
+            fields["coalition_votes"] = head.votes(voting, self.classifier, members)
         return votes.sum(dim=1), fields
 
     def _sums(
-        self, tokens: Tensor, structured: Tensor, coalition_ids: Tensor, num_coalitions: int, grid: tuple[int, int]
+        self,
+        tokens: Tensor,
+        voting: Tensor,
+        everyone: Tensor,
+        members: Tensor,
+        structured: Tensor,
+        grid: tuple[int, int],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gain of the full image (B, K), and the output's fields that hold something for each coalition."""
         head, num_players = self.attribution_head, tokens.shape[-2]
-        members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
         gains = self._coalition_gains(structured, members)  # (B', R, G, K)
-        vote_tokens = head.vote_tokens(tokens)
-        everyone = members.new_ones(len(tokens), 1, num_players)
-        total = sums_of_linear(vote_tokens, everyone, self.classifier.weight).squeeze(1) / num_players
+        voters = head.voters(voting, everyone)
+        total = sums_of_linear(voters, everyone, self.classifier.weight).squeeze(1) / num_players
         batch, shape = len(members), members.shape[1:3]
         members = members.flatten(1, 2)  # (B', R G, N)
-        votes = sums_of_linear(vote_tokens[:batch], members, self.classifier.weight) / num_players
+        votes = sums_of_linear(voters[:batch], members, self.classifier.weight) / num_players
         attributions = head.attribution_sums(tokens[:batch], votes, members, grid).unflatten(1, shape)
         return total, {"coalition_gains": gains, "coalition_attributions": attributions}
 
     def _coalition_gains(self, structured: Tensor, members: Tensor) -> Tensor:
-        """v(S) - v(empty) from the tokens under structures: (B', R, N, D), bool (B', R, G, N) -> (B', R, G, K)."""
-        tokens = self.attribution_head.vote_tokens(structured)
-        return sums_of_linear(tokens, members, self.classifier.weight) / members.shape[-1]
+        """v(S) - v(empty) from voting tokens under structures and their members (B', R, G, N) -> (B', R, G, K)."""
+        voters = self.attribution_head.voters(structured, members)
+        return sums_of_linear(voters, members, self.classifier.weight) / members.shape[-1]
 
     @torch.no_grad()
     def explain(
@@ -380,9 +412,10 @@ class ShapleyImageClassifierMixin:
     def _values(self, embeddings: Tensor, coalitions: Tensor, paired: bool) -> Tensor:
         """v(S): (B, ...), (B, M, N) -> (B, M, K). With `paired`, coalition 2 j + 1 is the complement of 2 j."""
         structures = coalitions[:, 0::2] if paired else coalitions  # (B, R, N)
-        tokens = self._structured_tokens(embeddings, coalitions_to_ids(structures), 2)
-        members = torch.stack([structures, ~structures], dim=2) if paired else structures.unsqueeze(2)
-        return self._base_values() + self._coalition_gains(tokens, members).flatten(1, 2)
+        members = torch.stack([structures, ~structures], dim=2)  # (B, R, 2, N)
+        tokens = self._structured_tokens(embeddings, coalitions_to_ids(structures), members)
+        gains = self._coalition_gains(tokens, members)
+        return self._base_values() + (gains if paired else gains[:, :, :1]).flatten(1, 2)
 
     def _check_pixels(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, check_values: bool = False

@@ -12,6 +12,7 @@ from .checks import check_count, check_number, describe
 
 ATTRIBUTION_HEADS = ("votes", "votes+influence")
 INFLUENCE_BLOCKS = ("mlp", "backbone")
+VOTE_READOUTS = ("patches", "pooled")
 SIZES = (
     "hidden_size",
     "hidden_sizes",
@@ -34,7 +35,10 @@ class ShapleyConfigMixin:
     Args:
         attribution_head: "votes" (attributions are the patches' votes) or "votes+influence" (votes plus a learned term
             that sums to zero over the players, so that attributions can differ from votes while their sum cannot).
-        vote_layers: depth of the residual MLP before the classifier; 0 applies the stock classifier to patch tokens.
+        vote_readout: "patches" (the classifier reads every patch token) or "pooled" (it reads what the stock model
+            reads, ViT's CLS or ConvNeXt's mean over cells, and the present patches share that vote evenly: a plain
+            checkpoint keeps its predictions; needs "votes+influence", which tells the patches apart).
+        vote_layers: depth of the residual MLP before the classifier; 0 applies the stock classifier to the tokens.
         influence_layers: blocks of the influence head, at least 1; used with "votes+influence" only.
         influence_block: "mlp" (each token by itself) or "backbone" (ViT or ConvNeXt layers, which mix tokens).
         vote_gradient: share of the gradient of the attributions that reaches the votes while training, 0 to 1;
@@ -43,6 +47,7 @@ class ShapleyConfigMixin:
     """
 
     attribution_head: str = "votes"
+    vote_readout: str = "patches"
     vote_layers: int = 0
     influence_layers: int = 2
     influence_block: str = "mlp"
@@ -129,6 +134,12 @@ class ShapleyConfigMixin:
             raise ValueError(f"`attribution_head` must be one of {ATTRIBUTION_HEADS}, got {self.attribution_head!r}.")
         if self.influence_block not in INFLUENCE_BLOCKS:
             raise ValueError(f"`influence_block` must be one of {INFLUENCE_BLOCKS}, got {self.influence_block!r}.")
+        if self.vote_readout not in VOTE_READOUTS:
+            raise ValueError(f"`vote_readout` must be one of {VOTE_READOUTS}, got {self.vote_readout!r}.")
+        if self.vote_readout == "pooled" and self.attribution_head == "votes":
+            raise ValueError(
+                '`vote_readout="pooled"` gives all patches the same vote: set `attribution_head="votes+influence"`.'
+            )
         check_count(self.influence_layers, "influence_layers")
         check_count(self.vote_layers, "vote_layers", 0)
         for name in ("vote_gradient", "influence_gradient"):

@@ -4,13 +4,27 @@ The players are the cells of the last stage's grid. Stem and downsampling do not
 work per position, so the depthwise convolution is the only operation that mixes players.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextModel, ConvNextPreTrainedModel
 
 from .attribution_head import AttributionHead, ShapleyImageClassifierMixin, check_grid
-from .coalitions import ids_to_coalitions
+from .coalitions import sum_over_coalitions
 from .configuration_shapley import ShapleyConvNextConfig
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """The same convolution, whose bias learns from the sum of the output's gradient.
+
+    On a CPU, oneDNN's own gradient of the bias takes a fifth of the whole backward pass of a depthwise convolution.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.bias is None or features.device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(features)
+        convolved = self._conv_forward(features, self.weight, self.bias.detach())
+        return convolved.add_((self.bias - self.bias.detach())[:, None, None])  # 0, with the bias's gradient
 
 
 class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
@@ -62,6 +76,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         for stage in self.convnext.encoder.stages:
             for layer in stage.layers:
                 layer.__class__ = ShapleyConvNextLayer  # the same weights, under the same names
+                layer.dwconv.__class__ = DepthwiseConv2d
         hidden_size = config.hidden_sizes[-1]
         self.classifier = nn.Linear(hidden_size, config.num_labels)
         self.attribution_head = AttributionHead(
@@ -82,36 +97,57 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
 
     def _recorded_tokens(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, **kwargs
-    ) -> tuple[Tensor, dict]:
+    ) -> tuple[tuple[Tensor, Tensor], dict]:
         outputs = self.convnext(self._cast(pixel_values), **kwargs)
-        return self._normed(outputs.last_hidden_state), {"hidden_states": outputs.hidden_states}
+        return self._cells_and_voting(outputs.last_hidden_state), {"hidden_states": outputs.hidden_states}
 
     def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None) -> Tensor:
         """Stem features: (B, 3, H, W) -> (B, C, H', W')."""
         return self.convnext.embeddings(self._cast(pixel_values))
 
-    def _tokens(self, embeddings: Tensor) -> Tensor:
-        """(B, C, H', W') -> (B, N, D)."""
+    def _tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H', W') -> tokens of the cells (B, N, D), and those that vote."""
         for stage in self.convnext.encoder.stages:
             embeddings = stage(embeddings)
-        return self._normed(embeddings)
+        return self._cells_and_voting(embeddings)
 
-    def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, num_coalitions: int) -> Tensor:
-        """Each player sees its own coalition only: (B, C, H', W'), ids (B', R, N) -> (B', R, N, D)."""
+    def _cells_and_voting(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        cells = self._normed(features)
+        if not self.attribution_head.pooled:
+            return cells, cells
+        return cells, self.convnext.layernorm(features.mean([-2, -1])).unsqueeze(1)
+
+    def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:
+        """Voting tokens where each player sees its own coalition only.
+
+        Args:
+            embeddings: (B, C, H', W').
+            coalition_ids: (B', R, N).
+            members: the same as bool (B', R, G, N).
+
+        Returns:
+            (B', R, N, D), or (B', R, G, D) with `vote_readout="pooled"`.
+        """
         batch, structures, _ = coalition_ids.shape
-        members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
         features = embeddings[:batch, None].expand(-1, structures, -1, -1, -1).flatten(0, 1)  # (B' R, C, H', W')
         grid = self._grid_of(embeddings)
-        members = members.flatten(0, 1).unflatten(-1, grid)  # (B' R, G, h, w)
+        maps = members.flatten(0, 1).unflatten(-1, grid)  # (B' R, G, h, w)
         for stage in self.convnext.encoder.stages:
             for layer in stage.downsampling_layer:
                 features = layer(features)
             scale = features.shape[-1] // grid[1]
-            masks = members.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+            masks = maps.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
             masks = masks.transpose(0, 1).unsqueeze(-1).to(features.dtype)  # (G, B' R, H', W', 1)
             for layer in stage.layers:
                 features = layer(features, masks)
+        if self.attribution_head.pooled:
+            return self._pooled(features.flatten(2).transpose(1, 2).unflatten(0, (batch, structures)), members)
         return self._normed(features).unflatten(0, (batch, structures))
+
+    def _pooled(self, cells: Tensor, members: Tensor) -> Tensor:
+        """The final layer norm of each coalition's mean: (..., N, D), bool (..., G, N) -> (..., G, D)."""
+        sizes = members.sum(-1, keepdim=True).clamp(min=1)
+        return self.convnext.layernorm((sum_over_coalitions(members, cells) / sizes).to(cells.dtype))
 
     def _grid_of(self, embeddings: Tensor) -> tuple[int, int]:
         reduction = 2 ** sum(len(stage.downsampling_layer) > 0 for stage in self.convnext.encoder.stages)

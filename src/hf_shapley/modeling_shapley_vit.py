@@ -51,35 +51,48 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
 
     def _recorded_tokens(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, **kwargs
-    ) -> tuple[Tensor, dict]:
+    ) -> tuple[tuple[Tensor, Tensor], dict]:
         outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return outputs.last_hidden_state[:, 1:], recorded
+        return self._patches_and_voting(outputs.last_hidden_state), recorded
 
     def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None) -> Tensor:
         """CLS and patch embeddings: (B, C, H, W) -> (B, 1 + N, D)."""
         pixel_values = pixel_values.to(self.vit.embeddings.patch_embeddings.projection.weight.dtype)
         return self.vit.embeddings(pixel_values, interpolate_pos_encoding=bool(interpolate_pos_encoding))
 
-    def _tokens(self, embeddings: Tensor) -> Tensor:
-        """(B, 1 + N, D) -> (B, N, D)."""
-        return self._encode(embeddings, None)[:, 1:]
+    def _tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1 + N, D) -> patch tokens (B, N, D), and those that vote."""
+        return self._patches_and_voting(self._encode(embeddings, None))
 
-    def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, num_coalitions: int) -> Tensor:
-        """Each player sees its own coalition and its CLS only: (B, 1 + N, D), ids (B', R, N) -> (B', R, N, D)."""
+    def _patches_and_voting(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        cls, patches = encoded.split([1, encoded.shape[1] - 1], dim=1)
+        return patches, cls if self.attribution_head.pooled else patches
+
+    def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:
+        """Voting tokens where each player sees its own coalition and its CLS only.
+
+        Args:
+            embeddings: (B, 1 + N, D).
+            coalition_ids: (B', R, N).
+            members: the same as bool (B', R, G, N).
+
+        Returns:
+            (B', R, N, D), or (B', R, G, D) with `vote_readout="pooled"`.
+        """
         if self.config._attn_implementation not in MASKING_BACKENDS:
             raise ValueError(
                 f"Attention implementation {self.config._attn_implementation!r} cannot hide players from each other: "
                 f"call `set_attn_implementation` with one of {MASKING_BACKENDS}."
             )
-        batch, structures, _ = coalition_ids.shape
-        cls, patches = embeddings[:batch, None].expand(-1, structures, -1, -1).split([1, embeddings.shape[1] - 1], 2)
+        batch, structures, num_coalitions, num_players = members.shape
+        embeddings = embeddings[:batch, None].expand(-1, structures, -1, -1)
+        cls, patches = embeddings.split([1, num_players], dim=2)
         tokens = cat([cls.expand(-1, -1, num_coalitions, -1), patches], dim=2).flatten(0, 1)  # (B' R, G + N, D)
-        cls_ids = torch.arange(num_coalitions, device=coalition_ids.device).expand(batch, structures, -1)
+        cls_ids = torch.arange(num_coalitions, device=members.device).expand(batch, structures, -1)
         token_ids = cat([cls_ids, coalition_ids], dim=2).flatten(0, 1)  # (B' R, G + N)
-        return self._encode(tokens, self._coalition_mask(tokens, token_ids))[:, num_coalitions:].unflatten(
-            0, (batch, structures)
-        )
+        encoded = self._encode(tokens, self._coalition_mask(tokens, token_ids)).unflatten(0, (batch, structures))
+        return encoded[:, :, :num_coalitions] if self.attribution_head.pooled else encoded[:, :, num_coalitions:]
 
     def _coalition_mask(self, tokens: Tensor, token_ids: Tensor):
         """What the attention backend needs to keep tokens (B, T, D) of different ids (B, T) apart."""
