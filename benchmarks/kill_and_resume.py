@@ -157,16 +157,16 @@ def fork(folder: Path, options: dict, kill: Kill | None = None, limit: int | Non
         while time.monotonic() < deadline and not os.waitid(os.P_PID, victim, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             time.sleep(0.002)
         os.kill(victim, signal.SIGKILL)  # not yet waited for, so the number is still its own
-    alive, statuses = set(children), []
-    while alive:
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(children):
         child, status = os.wait()
-        alive.discard(child)
-        statuses.append(os.waitstatus_to_exitcode(status))
-        for other in alive if status else ():
+        statuses[child] = os.waitstatus_to_exitcode(status)
+        for other in set(children) - statuses.keys() if status else ():
             os.kill(other, signal.SIGKILL)
-    if statuses[0] not in (0, *(DEATHS if kill else ())):
-        raise RuntimeError(f"A run failed by itself in {folder} with exit codes {statuses}; {kill}")
-    return not any(statuses)
+    codes = [statuses[child] for child in children]
+    if any(codes) and (kill is None or codes[kill.rank] not in DEATHS):
+        raise RuntimeError(f"A run failed by itself in {folder} with exit codes {codes}; {kill}")
+    return not any(codes)
 
 
 def run_child(rank: int, port: int, folder: Path, options: dict, kill: Kill | None, limit: int | None) -> None:
@@ -180,7 +180,8 @@ def run_child(rank: int, port: int, folder: Path, options: dict, kill: Kill | No
         train(folder, options, kill, limit)
         status = 0
     except BaseException:
-        traceback.print_exc()
+        if kill is None or kill.rank == rank:  # a survivor has lost its peer
+            traceback.print_exc()
     finally:
         os._exit(status)
 

@@ -69,16 +69,13 @@ def pixel_values() -> torch.Tensor:
     return torch.randn(3, 3, 16, 24, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item, call):
     """Note how many cases hypothesis made of a test, where `record_property("cases", ...)` does so for a table."""
-    report = yield
-    if report.when == "call":
-        statistics = getattr(item, "hypothesis_statistics", "")
-        counts = re.findall(r"(\d+) passing\D*?, (\d+) failing", statistics)
+    if call.when == "call":
+        counts = re.findall(r"(\d+) passing\D*?, (\d+) failing", getattr(item, "hypothesis_statistics", ""))
         if counts:
-            report.user_properties.append(("cases", sum(int(count) for pair in counts for count in pair)))
-    return report
+            item.user_properties.append(("cases", sum(int(count) for pair in counts for count in pair)))
 
 
 def pytest_terminal_summary(terminalreporter):

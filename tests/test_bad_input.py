@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import shutil
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from hf_shapley.cli import main
 
 SOURCE = str(Path(hf_shapley.__file__).parent)
 B, M, N, K = 2, 4, 5, 3  # images, coalitions, players, labels
+EFFORT = int(os.environ.get("EFFORT", 1))  # how many times as many cases as in the test suite
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -471,7 +473,7 @@ def is_default(call: Call, argument: str, value: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_every_wrong_value_of_every_argument_is_refused_by_name(name):
+def test_every_wrong_value_of_every_argument_is_refused_by_name(name, record_property):
     call = CALLS[name]
     tried = [
         (argument, value)
@@ -483,6 +485,7 @@ def test_every_wrong_value_of_every_argument_is_refused_by_name(name):
     complaints = [(argument, value, outcome(call, argument, value)[0]) for argument, value in tried]
     assert [f"{argument}={value!r:.60}: {why}" for argument, value, why in complaints if why] == []
     assert len(tried) >= 5
+    record_property("cases", len(tried))
 
 
 # By their documentation: the correlation with a constant, for one.
@@ -511,7 +514,7 @@ def tensors(draw_from, like: torch.Tensor):
     return tensor.mT.contiguous().mT if tensor.ndim >= 2 and draw_from(st.booleans()) else tensor
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=400 * EFFORT, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_any_tensor_in_place_of_an_argument_gives_a_finite_answer_or_a_refusal(data):
     name, argument = data.draw(st.sampled_from(TENSORS))
@@ -595,7 +598,7 @@ def test_truncated_weights_are_refused(kept, checkpoint):
         model_class(checkpoint).from_pretrained(checkpoint)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12 * EFFORT, deadline=None, derandomize=True, database=None)
 @given(place=st.integers(0, 3000), byte=st.integers(0, 255), backbone=st.sampled_from(["vit", "convnext"]))
 def test_a_changed_byte_in_the_header_of_the_weights_is_refused_or_harmless(place, byte, backbone, checkpoints):
     folder = checkpoints[backbone]
@@ -634,7 +637,7 @@ ANY_JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100 * EFFORT, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), backbone=st.sampled_from(["vit", "convnext"]))
 def test_any_entry_of_a_configuration_file_gives_a_working_model_or_a_refusal(data, backbone, checkpoints):
     folder = checkpoints[backbone]
@@ -696,7 +699,7 @@ def test_the_command_says_in_one_line_which_model_is_damaged(damage, checkpoint,
 WORDS = ["explain", "push", "nonsense", "--model", "-o", "--top-k", "--label", "-1", "nan", "", "x", "\0", "--json"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60 * EFFORT, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.sampled_from([*WORDS, "--results", "nowhere"]), max_size=6))
 @example(["explain", "\0", "--model", "x", "-o", "x.png"])
 @example(["explain", "nowhere", "--model", "nowhere", "-o", ".png"])
