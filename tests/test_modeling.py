@@ -168,6 +168,22 @@ def test_a_convnext_coalition_equals_zeroing_the_others_before_every_convolution
     torch.testing.assert_close(value, model.classifier.bias + votes.sum(1)[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_depthwise_convolution_learns_as_the_stock_one(dtype):
+    model = make_model("convnext").to(dtype)
+    ours = model.convnext.encoder.stages[0].layers[0].dwconv
+    stock = nn.Conv2d(16, 16, kernel_size=7, padding=3, groups=16, dtype=dtype)
+    stock.load_state_dict(ours.state_dict())
+    features = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    outputs, gradients = [], []
+    for layer in (ours, stock):
+        outputs.append(layer(features.requires_grad_()))
+        gradients.append(torch.autograd.grad(outputs[-1].sin().sum(), [features, layer.weight, layer.bias]))
+    assert torch.equal(*outputs)
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_structures_may_be_given_for_the_first_images_only(model, pixel_values):
     ids = coalitions_to_ids(draw())
     whole = model(pixel_values, coalition_ids=ids)

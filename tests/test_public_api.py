@@ -24,7 +24,7 @@ INTERNAL = {
     "hub": {"keep_card_of_hub", "label_names", "push_with_card"},
     "interoperability": {"ImageGame"},
     "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
-    "modeling_shapley_convnext": {"InfluenceConvNextLayer", "ShapleyConvNextLayer"},
+    "modeling_shapley_convnext": {"DepthwiseConv2d", "InfluenceConvNextLayer", "ShapleyConvNextLayer"},
     "modeling_shapley_vit": {"InfluenceViTLayer"},
     "pipeline_shapley": {"custom_pipelines"},
 }
