@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .checks import check_count, check_floats, check_label_ids, check_pair, describe, known_labels
+from .checks import check_count, check_device, check_floats, check_label_ids, check_pair, describe, known_labels
 from .coalitions import check_coalitions, coalitions_to_ids, ids_to_coalitions, sum_over_coalitions
 
 
@@ -109,23 +109,25 @@ class AttributionHead(nn.Module):
             self.influence_norm = nn.LayerNorm(hidden_size)
             self.influence = ZeroLinear(hidden_size, config.num_labels, bias=False)
 
-    def votes(self, tokens: Tensor, classifier: nn.Linear, members: Tensor) -> Tensor:
-        """Each player's vote, divided by the number of players: as `voters` -> (..., N, K), float32."""
-        return nn.functional.linear(self.voters(tokens, members), classifier.weight).float() / members.shape[-1]
-
-    def voters(self, tokens: Tensor, members: Tensor) -> Tensor:
+    def voters(self, tokens: Tensor, members: Tensor, empty: Tensor | None) -> Tensor:
         """What the classifier reads for each player.
 
         Args:
             tokens: of the players, (..., N, D); with `vote_readout="pooled"` one per coalition, (..., G, D).
             members: bool (..., G, N), True = member.
+            empty: with "pooled", what `vote_tokens` makes of the empty coalition's token, (D).
 
         Returns:
             (..., N, D).
         """
+        tokens = self.vote_tokens(tokens)
+        return tokens if empty is None else share_evenly(tokens - empty, members)
+
+    def vote_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens as the classifier reads them: (..., D) -> (..., D)."""
         for block in self.vote_blocks:
             tokens = block(tokens)
-        return share_evenly(tokens, members) if self.pooled else tokens
+        return tokens
 
     def attributions(self, tokens: Tensor, votes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Votes of the full image, plus the influence term where there is one: (B, N, D), (B, N, K) -> (B, N, K)."""
@@ -177,7 +179,8 @@ class ShapleyImageClassifierMixin:
     `_embed(pixel_values, interpolate_pos_encoding)` gives the patch embeddings, `_tokens(embeddings)` the patch tokens
     (B, N, D) of the full image and those that vote, and `_structured_tokens(embeddings, coalition_ids, members)` those
     that vote where players see only their own coalition. Voting tokens are the patches' own, (B', R, N, D), or with
-    `vote_readout="pooled"` one for each of G coalitions, (B', R, G, D).
+    `vote_readout="pooled"` one for each of G coalitions, (B', R, G, D); then `_empty_token()` gives the one of the
+    empty coalition, (D).
     """
 
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
@@ -230,8 +233,20 @@ class ShapleyImageClassifierMixin:
         # go on from random ones.
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
-    def _base_values(self) -> Tensor:
-        return self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it
+    def _empty(self) -> tuple[Tensor | None, Tensor]:
+        """What the classifier reads of the empty coalition (D) with `vote_readout="pooled"`, and v(empty) (K)."""
+        base_values = self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it
+        if not self.attribution_head.pooled:
+            return None, base_values
+        empty = self.attribution_head.vote_tokens(self._empty_token()).float()
+        with torch.autocast(empty.device.type, enabled=False):
+            return empty, base_values + nn.functional.linear(empty, self.classifier.weight.float())
+
+    @property
+    def base_values(self) -> Tensor:
+        """v(empty), the same for every image: (K), float32, without gradient."""
+        with torch.no_grad(), _evaluating(self):
+            return self._empty()[1]
 
     @can_return_tuple
     def forward(
@@ -268,10 +283,11 @@ class ShapleyImageClassifierMixin:
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
         if labels is not None:
             labels = self._check_targets(labels, len(pixel_values))
+            check_device(labels, "labels", pixel_values.device)
         if sums_only and coalition_ids is None:
             raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
         recorded = {}
-        structured = None
+        members = structured = None
         if coalition_ids is None:
             (tokens, voting), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
@@ -280,17 +296,21 @@ class ShapleyImageClassifierMixin:
                     "Hidden states and attentions are recorded for the ordinary forward only: drop `coalition_ids`."
                 )
             num_coalitions = _check_coalition_ids(coalition_ids, num_coalitions, len(pixel_values), grid)
+            check_device(coalition_ids, "coalition_ids", pixel_values.device)
             embeddings = self._embed(pixel_values, interpolate_pos_encoding)
             tokens, voting = self._tokens(embeddings)
             members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
-            structured = members, self._structured_tokens(embeddings, coalition_ids, members)
+            structured = self._structured_tokens(embeddings, coalition_ids, members)
 
         everyone = tokens.new_ones(tokens.shape[0], 1, tokens.shape[1], dtype=torch.bool)
+        empty, base_values = self._empty()
+        voters = self.attribution_head.voters(voting, everyone, empty)  # (B, N, D)
+        if structured is not None:
+            structured = self.attribution_head.voters(structured, members, empty)  # (B', R, N, D)
         if sums_only:
-            gains, fields = self._sums(tokens, voting, everyone, *structured, grid)
+            gains, fields = self._sums(tokens, voters, structured, members, grid)
         else:
-            gains, fields = self._votes(tokens, voting, everyone, structured, grid)
-        base_values = self._base_values()
+            gains, fields = self._votes(tokens, voters, structured, grid)
         logits = base_values + gains  # (B, K)
         return ShapleyImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
@@ -301,45 +321,36 @@ class ShapleyImageClassifierMixin:
         )
 
     def _votes(
-        self,
-        tokens: Tensor,
-        voting: Tensor,
-        everyone: Tensor,
-        structured: tuple[Tensor, Tensor] | None,
-        grid: tuple[int, int],
+        self, tokens: Tensor, voters: Tensor, structured: Tensor | None, grid: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gain of the full image (B, K), and the output's fields that hold something for each player."""
-        head = self.attribution_head
-        votes = head.votes(voting, self.classifier, everyone)  # (B, N, K)
-        fields = {"attributions": head.attributions(tokens, votes, grid)}
+        votes = self._votes_of(voters)  # (B, N, K)
+        fields = {"attributions": self.attribution_head.attributions(tokens, votes, grid)}
         if structured is not None:
-            members, voting = structured
-            fields["coalition_votes"] = head.votes(voting, self.classifier, members)
+            fields["coalition_votes"] = self._votes_of(structured)
         return votes.sum(dim=1), fields
 
+    def _votes_of(self, voters: Tensor) -> Tensor:
+        """Each player's vote, divided by the number of players: (..., N, D) -> (..., N, K), float32."""
+        return (
+            nn.functional.linear(voters.to(self.classifier.weight.dtype), self.classifier.weight).float()
+            / (voters.shape[-2])
+        )
+
     def _sums(
-        self,
-        tokens: Tensor,
-        voting: Tensor,
-        everyone: Tensor,
-        members: Tensor,
-        structured: Tensor,
-        grid: tuple[int, int],
+        self, tokens: Tensor, voters: Tensor, structured: Tensor, members: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gain of the full image (B, K), and the output's fields that hold something for each coalition."""
-        head, num_players = self.attribution_head, tokens.shape[-2]
-        gains = self._coalition_gains(structured, members)  # (B', R, G, K)
-        voters = head.voters(voting, everyone)
-        total = sums_of_linear(voters, everyone, self.classifier.weight).squeeze(1) / num_players
+        gains = self._gains(structured, members)  # (B', R, G, K)
+        total = self._gains(voters, members.new_ones(len(tokens), 1, tokens.shape[-2])).squeeze(1)
         batch, shape = len(members), members.shape[1:3]
         members = members.flatten(1, 2)  # (B', R G, N)
-        votes = sums_of_linear(voters[:batch], members, self.classifier.weight) / num_players
-        attributions = head.attribution_sums(tokens[:batch], votes, members, grid).unflatten(1, shape)
-        return total, {"coalition_gains": gains, "coalition_attributions": attributions}
+        votes = self._gains(voters[:batch], members)
+        attributions = self.attribution_head.attribution_sums(tokens[:batch], votes, members, grid)
+        return total, {"coalition_gains": gains, "coalition_attributions": attributions.unflatten(1, shape)}
 
-    def _coalition_gains(self, structured: Tensor, members: Tensor) -> Tensor:
-        """v(S) - v(empty) from voting tokens under structures and their members (B', R, G, N) -> (B', R, G, K)."""
-        voters = self.attribution_head.voters(structured, members)
+    def _gains(self, voters: Tensor, members: Tensor) -> Tensor:
+        """Votes summed over coalitions, v(S) - v(empty): (..., N, D), bool (..., M, N) -> (..., M, K), float32."""
         return sums_of_linear(voters, members, self.classifier.weight) / members.shape[-1]
 
     @torch.no_grad()
@@ -414,8 +425,9 @@ class ShapleyImageClassifierMixin:
         structures = coalitions[:, 0::2] if paired else coalitions  # (B, R, N)
         members = torch.stack([structures, ~structures], dim=2)  # (B, R, 2, N)
         tokens = self._structured_tokens(embeddings, coalitions_to_ids(structures), members)
-        gains = self._coalition_gains(tokens, members)
-        return self._base_values() + (gains if paired else gains[:, :, :1]).flatten(1, 2)
+        empty, base_values = self._empty()
+        gains = self._gains(self.attribution_head.voters(tokens, members, empty), members)
+        return base_values + (gains if paired else gains[:, :, :1]).flatten(1, 2)
 
     def _check_pixels(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, check_values: bool = False
@@ -434,6 +446,9 @@ class ShapleyImageClassifierMixin:
             raise ValueError(
                 f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."
             )
+        home = self.classifier.weight.device
+        if home.type != "meta":  # where the weights are while they are offloaded
+            check_device(pixel_values, "pixel_values", home)
         # Elsewhere than on the CPU the check would make the host wait in every training step.
         checked = (check_values or pixel_values.device.type == "cpu") and not torch.compiler.is_compiling()
         if checked and not torch.isfinite(pixel_values).all():

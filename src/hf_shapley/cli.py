@@ -155,7 +155,7 @@ def _explain(options: argparse.Namespace) -> None:
             "label": label,
             "score": logits.softmax(-1)[index].item(),
             "logit": logits[index].item(),
-            "base_value": model.classifier.bias[index].item(),
+            "base_value": model.base_values[index].item(),
             "attributions": values.tolist(),
         }
         for label, index, values in zip(labels, ids, maps, strict=True)

@@ -374,7 +374,7 @@ def _open_folder(folder: Path, settings: dict[str, Any], model: PreTrainedModel)
         raise ValueError(f"{str(folder)!r} holds parquet files without {MANIFEST}: choose another `output_dir`.")
     else:
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        base_values = model.classifier.bias.detach().float().tolist()
+        base_values = model.base_values.tolist()
         _write_manifest(
             folder, {"complete": False, "settings": settings, "labels": labels, "base_values": base_values}
         )

@@ -92,7 +92,7 @@ def export_onnx(model: Any, path: str | os.PathLike, *, image_size: int | Sequen
     size = list(example.shape[-2:])
     metadata = {
         "labels": [model.config.id2label[i] for i in range(model.config.num_labels)],
-        "base_values": model.classifier.bias.detach().float().tolist(),
+        "base_values": model.base_values.tolist(),
         "grid": list(model.grid_size(*size)),
         "image_size": size,
     }

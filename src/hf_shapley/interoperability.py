@@ -219,7 +219,7 @@ def _explain(
     """Maps (B, h, w), label ids, base values and logits (B) of one label per image, as lists."""
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     maps = model.explain(pixel_values)  # (B, K, h, w)
-    base_values = model._base_values().detach()  # (K)
+    base_values = model.base_values  # (K)
     logits = base_values + maps.sum(dim=(2, 3))  # exact up to rounding: that is what attributions are
     chosen = logits.argmax(dim=1) if label_ids is None else label_ids.to(logits.device)  # (B)
     rows = torch.arange(len(maps), device=maps.device)

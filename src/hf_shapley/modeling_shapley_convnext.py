@@ -117,6 +117,10 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
             return cells, cells
         return cells, self.convnext.layernorm(features.mean([-2, -1])).unsqueeze(1)
 
+    def _empty_token(self) -> Tensor:
+        """The final layer norm of a mean over no cell, which is 0: (D)."""
+        return self.convnext.layernorm(torch.zeros_like(self.convnext.layernorm.weight))
+
     def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:
         """Voting tokens where each player sees its own coalition only.
 

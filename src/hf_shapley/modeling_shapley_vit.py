@@ -69,6 +69,11 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         cls, patches = encoded.split([1, encoded.shape[1] - 1], dim=1)
         return patches, cls if self.attribution_head.pooled else patches
 
+    def _empty_token(self) -> Tensor:
+        """CLS where there is no patch at all: (D)."""
+        embeddings = self.vit.embeddings
+        return self._encode(embeddings.cls_token + embeddings.position_embeddings[:, :1], None)[0, 0]
+
     def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:
         """Voting tokens where each player sees its own coalition and its CLS only.
 
