@@ -72,7 +72,12 @@ def _influence(**options) -> dict:
     return {"attribution_head": "votes+influence", "influence_block": "backbone", **options}
 
 
+def _pooled() -> dict:
+    return _influence(influence_block="mlp", vote_readout="pooled", influence_gradient=0.1)
+
+
 BASE = dict(coalition_weight=0.3, shapley_weight=1.0, shapley_warmup=0.5)
+POOLED = BASE | dict(shapley_warmup=0.3, even_weight=0.1, value_gradient=0.1, attribution_learning_rate=4e-3)
 RECIPES = {
     "plain": None,
     "votes": Recipe(BASE),
@@ -92,12 +97,10 @@ RECIPES = {
     "influence, values 0.3, odd part": Recipe(BASE | dict(value_gradient=0.3, even_weight=0.0), _influence()),
     "influence, votes 0.3, values 0.3": Recipe(BASE | dict(value_gradient=0.3), _influence(vote_gradient=0.3)),
     "influence, votes 1, values 1": Recipe(BASE, _influence(influence_block="mlp", vote_gradient=1.0)),
-    "pooled, values 0.1": Recipe(
-        BASE | dict(value_gradient=0.1), _influence(influence_block="mlp", vote_readout="pooled")
-    ),
-    "pooled, votes 1, values 1": Recipe(
-        BASE, _influence(influence_block="mlp", vote_readout="pooled", vote_gradient=1.0)
-    ),
+    "pooled, values 0.1": Recipe(POOLED, _pooled()),
+    "pooled, values 0": Recipe(POOLED | dict(value_gradient=0.0), _pooled()),
+    "pooled, values 0.3": Recipe(POOLED | dict(value_gradient=0.3), _pooled()),
+    "pooled, half of the batch": Recipe(POOLED | dict(shapley_fraction=0.5), _pooled()),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
 }
 

@@ -132,6 +132,21 @@ def test_the_base_values_get_no_gradient_from_the_shapley_term(tmp_path):
     assert gradients(tmp_path, value_gradient=0.0)["classifier.bias"].abs().max() == 0
 
 
+def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):
+    model = make_model("vit", attribution_head="votes+influence", vote_layers=1)
+    args = ShapleyTrainingArguments(
+        str(tmp_path), learning_rate=1e-3, attribution_learning_rate=5e-3, weight_decay=0.1, use_cpu=True
+    )
+    optimizer = ShapleyTrainer(model, args).create_optimizer()
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    stock = Trainer(make_model("vit"), TrainingArguments(str(tmp_path), use_cpu=True))
+    decaying = stock.get_decay_parameter_names(model)
+    assert rates == {
+        id(parameter): (5e-3 if name.startswith("attribution_head.") else 1e-3, 0.1 if name in decaying else 0.0)
+        for name, parameter in model.named_parameters()
+    }
+
+
 def test_the_weight_warms_up_over_its_fraction_of_the_steps(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=4, shapley_weight=2.0, shapley_warmup=0.5)
     trainer.train()
@@ -266,6 +281,7 @@ def test_arguments_parse_from_a_command_line_and_survive_json(tmp_path):
         {"num_pairs": 0},
         {"shapley_fraction": 0.0},
         {"shapley_every": 0},
+        {"attribution_learning_rate": 0.0},
         {"coalition_target": "teacher"},
     ],
 )

@@ -52,6 +52,12 @@ class ShapleyTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Fraction of each batch that takes the Shapley branch, above 0."}
     )
     shapley_every: int = field(default=1, metadata={"help": "Take the Shapley branch on every k-th step only."})
+    attribution_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the attribution head's own weights, which start new; default that of all."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,6 +66,13 @@ class ShapleyTrainingArguments(TrainingArguments):
         check_number(self.shapley_fraction, "shapley_fraction", "above 0, at most 1", lambda share: 0 < share <= 1)
         for name in ("shapley_weight", "coalition_weight", "odd_weight", "even_weight"):
             check_number(getattr(self, name), name, "0 or more, finite", lambda weight: 0 <= weight < float("inf"))
+        if self.attribution_learning_rate is not None:
+            check_number(
+                self.attribution_learning_rate,
+                "attribution_learning_rate",
+                "above 0, finite",
+                lambda x: 0 < x < float("inf"),
+            )
         for name in ("num_pairs", "shapley_every"):
             check_count(getattr(self, name), name)
         if self.coalition_target not in COALITION_TARGETS:
@@ -94,6 +107,21 @@ class ShapleyTrainer(Trainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = defaultdict(int)
         self._micro_step = (-1, 0)  # (optimizer step, batches of it seen)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The stock optimizer, with groups of their own for an attribution head that has a learning rate of its own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if self.args.attribution_learning_rate is None or not is_new:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        head = {id(parameter) for name, parameter in named if "attribution_head." in name}
+        for group in list(optimizer.param_groups):
+            mine = [parameter for parameter in group["params"] if id(parameter) in head]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+            if mine:
+                optimizer.add_param_group({**group, "params": mine, "lr": self.args.attribution_learning_rate})
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Joint loss of one batch while training; the stock classification loss while evaluating."""
