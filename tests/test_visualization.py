@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 from transformers.dynamic_module_utils import get_imports
+from transformers.utils import is_torchvision_available
 
 from hf_shapley import visualization
 from hf_shapley.visualization import (
@@ -212,6 +213,14 @@ PROCESSORS = {
     ),
     "neither": ViTImageProcessorPil(do_resize=False),
 }
+if is_torchvision_available():
+    # What AutoImageProcessor gives then. Their geometry is the same, which is for the tests to say.
+    from transformers import ConvNextImageProcessor, ViTImageProcessor
+
+    TWINS = {ViTImageProcessorPil: ViTImageProcessor, ConvNextImageProcessorPil: ConvNextImageProcessor}
+    PROCESSORS |= {
+        f"{name}, torchvision": TWINS[type(processor)](**processor.to_dict()) for name, processor in PROCESSORS.items()
+    }
 
 
 @pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
@@ -221,7 +230,7 @@ def test_the_box_is_what_the_real_processor_shows(processor, size):
     width, height = size
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     position = np.stack([x / width * 255, y / height * 255, np.full_like(x, 255)], axis=-1).round().astype(np.uint8)
-    seen = processor(Image.fromarray(position), return_tensors="np", do_normalize=False)["pixel_values"][0]
+    seen = np.asarray(processor(Image.fromarray(position), return_tensors="pt", do_normalize=False)["pixel_values"][0])
     inside = seen[2] > 0.99  # (H, W): not padding
     left, top, right, bottom = processor_geometry(processor, size)
     rows, columns = inside.shape
@@ -236,7 +245,9 @@ def test_the_box_is_what_the_real_processor_shows(processor, size):
         np.testing.assert_allclose(found[valid][margin], expected[valid][margin], atol=0.5 + length / 200)
 
 
-@pytest.mark.parametrize("name", ["ViT", "ConvNeXt, cropped", "resize and crop"])
+@pytest.mark.parametrize(
+    "name", [name for name in PROCESSORS if name.startswith(("ViT", "ConvNeXt, cropped", "resize and crop"))]
+)
 def test_a_marked_patch_is_found_again_on_the_original(name):
     """Mark a spot, let the real processor look at it, attribute the patch that lit up: the overlay must cover it."""
     image = Image.new("RGB", (200, 120))

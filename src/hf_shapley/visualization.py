@@ -77,8 +77,8 @@ def processor_geometry(image_processor: BaseImageProcessor, image_size: tuple[in
         crops = [*crops, (_entry(crop, "width"), _entry(crop, "height"))]
     left, top, (visible_width, visible_height) = 0, 0, resized
     for crop_width, crop_height in crops:
-        left += _crop_start(visible_width, crop_width)
-        top += _crop_start(visible_height, crop_height)
+        left += _crop_start(image_processor, visible_width, crop_width)
+        top += _crop_start(image_processor, visible_height, crop_height)
         visible_width, visible_height = crop_width, crop_height
     x_scale, y_scale = width / resized[0], height / resized[1]
     return left * x_scale, top * y_scale, (left + visible_width) * x_scale, (top + visible_height) * y_scale
@@ -116,9 +116,11 @@ def _shortest_edge(width: int, height: int, shortest: int) -> tuple[int, int]:
     return int(shortest * width / height), shortest
 
 
-def _crop_start(size: int, crop: int) -> int:
-    """First pixel of a centre crop along one axis; negative where it pads. Rounds down, as transformers does."""
-    return (size - crop) // 2
+def _crop_start(processor: BaseImageProcessor, size: int, crop: int) -> int:
+    """First pixel of a centre crop along one axis; negative where it pads."""
+    # Of an odd padding, Pillow's processors put the larger half first, torchvision's the smaller.
+    towards_zero = getattr(processor, "backend", "pil") == "torchvision"
+    return int((size - crop) / 2) if towards_zero else (size - crop) // 2
 
 
 def place_map(attribution_map: Any, image_size: tuple[int, int], *, box: Box | None = None) -> Tensor:
