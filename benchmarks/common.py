@@ -33,6 +33,7 @@ SHAPES: dict[str, dict] = {
     "vit-tiny": dict(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768),
     "vit-small": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
     "vit-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "convnext-atto": dict(hidden_sizes=[40, 80, 160, 320], depths=[2, 2, 6, 2]),
     "convnext-tiny": dict(hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3]),
     "convnext-base": dict(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3]),
     # As the tests': 4 x 6 players on images of 16 x 24 pixels.
