@@ -158,7 +158,9 @@ class Averaging(TrainerCallback):
         model.load_state_dict(self.shadow)
 
 
-def train(model: PreTrainedModel, images: Images, folder: Path, options, recipe: Recipe | None, epochs: float):
+def train(
+    model: PreTrainedModel, images: Images, folder: Path, options, recipe: Recipe | None, epochs: float, rate: float
+):
     """Train, resuming from the last checkpoint in `folder` where there is one."""
     make_trainer, make_args, extra = (
         (Trainer, TrainingArguments, {})
@@ -169,7 +171,7 @@ def train(model: PreTrainedModel, images: Images, folder: Path, options, recipe:
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
+        learning_rate=rate,
         weight_decay=0.05,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
@@ -242,7 +244,9 @@ def run(name: str, options, train_images: Images, test_images: Images) -> None:
         set_seed(options.seed)
         model = plain_class(plain_config(**shape, image_size=32, patch_size=4, num_labels=10, **ATTENTION))
         if options.pretrain:
-            model, _ = train(model, train_images, work / "pretraining", options, None, options.pretrain)
+            model, _ = train(
+                model, train_images, work / "pretraining", options, None, options.pretrain, options.pretrain_rate
+            )
         model.save_pretrained(start)
     recipe = RECIPES[name]
     set_seed(options.seed)
@@ -251,7 +255,7 @@ def run(name: str, options, train_images: Images, test_images: Images) -> None:
         if recipe is None
         else SHAPLEY[options.backbone].from_pretrained(start, **ATTENTION, **recipe.config)
     )
-    model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs)
+    model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate)
     measured = measure(model, test_images, options)
     settings = {
         key: value for key, value in vars(options).items() if key not in ("data", "output", "results", "recipes")
@@ -273,6 +277,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, help="use the first so many; default all")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--pretrain-rate", type=float, default=1e-3, help="learning rate of the plain epochs before")
     parser.add_argument("--average", type=float, default=0.0, help="decay of a moving average of the weights")
     parser.add_argument("--images", type=int, default=64, help="test images for the certificate")
     parser.add_argument("--budget", type=int, default=4096, help="evaluations per image for the certificate")

@@ -109,7 +109,7 @@ class ShapleyTrainer(Trainer):
         self._micro_step = (-1, 0)  # (optimizer step, batches of it seen)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The stock optimizer, with groups of their own for an attribution head that has a learning rate of its own."""
+        """The stock optimizer; an attribution head with a learning rate of its own has parameter groups of its own."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if self.args.attribution_learning_rate is None or not is_new:
