@@ -538,6 +538,14 @@ def tensors_in(result: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name, argument", TENSORS)
+def test_a_tensor_on_another_device_than_the_rest_is_refused_by_name(name, argument):
+    """The meta device is one that every machine has; where shapes are enough, what comes out is on it too."""
+    call = CALLS[name]
+    why, result = outcome(call, argument, call.arguments[argument].to("meta"))
+    assert why is None or (why == "accepted" and all(found.is_meta for found in tensors_in(result))), why
+
+
+@pytest.mark.parametrize("name, argument", TENSORS)
 def test_strides_and_history_of_a_tensor_do_not_matter(name, argument):
     call = CALLS[name]
     good = call.arguments[argument]

@@ -49,8 +49,23 @@ def check_floats(tensor: Any, name: str, shape: Sequence[int | str], fix: str = 
         raise ValueError(f"`{name}` must be a float tensor, got {describe(tensor)}: convert it with `.float()`.")
 
 
+def check_data(tensor: Tensor, name: str) -> None:
+    """Raise if a tensor is on the meta device, where there are shapes and no numbers."""
+    if tensor.device.type == "meta":
+        raise ValueError(f"`{name}` is on the meta device, which holds no numbers: make it on a real one.")
+
+
+def check_device(tensor: Any, name: str, device: torch.device) -> None:
+    """Raise if a tensor is not where the others are; what is no tensor is left to other checks."""
+    if isinstance(tensor, Tensor) and tensor.device != device:
+        raise ValueError(
+            f"`{name}` must be on {device} as the others are, got {tensor.device}: move it by `.to({str(device)!r})`."
+        )
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raise if a tensor holds NaN or infinity."""
+    check_data(tensor, name)
     if not tensor.isfinite().all():
         raise ValueError(f"`{name}` must be finite, got NaN or infinite entries: drop or repair what they belong to.")
 
@@ -69,6 +84,7 @@ def check_label_ids(
         ids = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{wanted}, got {describe(labels)}.") from error
+    check_data(ids, name)
     integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.shape != (images,) or images == 0 or not integers or not _in_range(ids, last, may_be_unknown):
         raise ValueError(f"{wanted}, got {ids.dtype} of shape {tuple(ids.shape)}: {ids.flatten()[:8].tolist()}.")

@@ -7,7 +7,7 @@ into disjoint coalitions, written as one integer per player (`coalition_ids`).
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_finite, check_generator, describe
+from .checks import check_count, check_data, check_device, check_finite, check_generator, describe
 
 
 def check_coalitions(coalitions: Tensor, num_players: int | None = None, name: str = "coalitions") -> None:
@@ -20,6 +20,7 @@ def check_coalitions(coalitions: Tensor, num_players: int | None = None, name: s
     )
     if coalitions.dtype != torch.bool or not fits:
         raise ValueError(f"{wanted} (True = present), got {describe(coalitions)}.")
+    check_data(coalitions, name)
 
 
 def _check_num_players(num_players: int) -> None:
@@ -165,6 +166,7 @@ def _check_votes(votes: Tensor, coalitions: Tensor) -> None:
     wanted = f"`votes` must be a float tensor (..., players, labels) for `coalitions` {tuple(coalitions.shape)}"
     if not isinstance(votes, Tensor):
         raise TypeError(f"{wanted}, got {describe(votes)}.")
+    check_device(votes, "votes", coalitions.device)
     fits = coalitions.ndim >= 2 and votes.ndim == coalitions.ndim and votes.numel() > 0
     if not votes.is_floating_point() or not fits or votes.shape[:-1] != (*coalitions.shape[:-2], coalitions.shape[-1]):
         raise ValueError(f"{wanted}, got {describe(votes)}.")

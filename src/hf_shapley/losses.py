@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_count, check_floats, check_label_ids
+from .checks import check_count, check_device, check_floats, check_label_ids
 from .coalitions import check_coalitions, sum_over_coalitions
 
 
@@ -30,6 +30,7 @@ def shapley_loss(attributions: Tensor, coalitions: Tensor, gains: Tensor) -> Ten
     """
     _check_pairs(attributions, coalitions)
     check_floats(gains, "gains", (*coalitions.shape[:2], attributions.shape[-1]))
+    check_device(gains, "gains", attributions.device)
     return attributions.shape[-2] * F.mse_loss(sum_over_coalitions(coalitions, attributions), gains)
 
 
@@ -54,6 +55,7 @@ def paired_shapley_loss(
     """
     _check_pairs(attributions, coalitions)
     check_floats(gains, "gains", (*coalitions.shape[:2], 2, attributions.shape[-1]))
+    check_device(gains, "gains", attributions.device)
     additive = torch.stack(
         [sum_over_coalitions(coalitions, attributions), sum_over_coalitions(~coalitions, attributions)], dim=2
     )
@@ -87,6 +89,7 @@ def coalition_loss(values: Tensor, logits: Tensor, *, multi_label: bool = False)
     """
     _check_values(values)
     check_floats(logits, "logits", (len(values), values.shape[-1]))
+    check_device(logits, "logits", values.device)
     logits = logits.detach().reshape(len(logits), *[1] * (values.ndim - 2), -1).expand_as(values)
     if multi_label:
         return F.binary_cross_entropy_with_logits(values, logits.sigmoid())
@@ -120,6 +123,7 @@ def coalition_label_loss(values: Tensor, labels: Tensor, *, multi_label: bool = 
         Scalar, mean over images and coalitions.
     """
     _check_values(values)
+    check_device(labels, "labels", values.device)
     flat = values.flatten(1, -2)  # (B, coalitions, K)
     if multi_label:
         labels = labels.to(flat.dtype) if isinstance(labels, Tensor) else labels
@@ -134,6 +138,7 @@ def coalition_label_loss(values: Tensor, labels: Tensor, *, multi_label: bool = 
 def _check_pairs(attributions: Tensor, coalitions: Tensor) -> None:
     check_floats(attributions, "attributions", ("images", "players", "labels"))
     check_coalitions(coalitions, attributions.shape[1])
+    check_device(coalitions, "coalitions", attributions.device)
     if coalitions.ndim != 3 or len(coalitions) != len(attributions) or coalitions.shape[1] == 0:
         raise ValueError(
             f"`coalitions` must be of shape ({len(attributions)}, coalitions, {attributions.shape[1]}), one list per "

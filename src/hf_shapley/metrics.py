@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from .checks import (
     check_callable,
     check_count,
+    check_data,
+    check_device,
     check_floats,
     check_generator,
     check_label_ids,
@@ -39,6 +41,7 @@ def _check_finite(tensor: Tensor, name: str, dims: Sequence[str]) -> None:
         raise ValueError(f"`{name}` must be a float tensor ({', '.join(dims)}), got {got}: convert it first.")
     if tensor.ndim != len(dims) or tensor.numel() == 0:
         raise ValueError(f"`{name}` must be ({', '.join(dims)}) and not empty, got shape {tuple(tensor.shape)}.")
+    check_data(tensor, name)
     if not tensor.isfinite().all():
         raise ValueError(f"`{name}` must be finite, got NaN or infinite entries: drop or repair those images.")
 
@@ -409,6 +412,7 @@ def normalised_aopc(aopc: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """
     for name, tensor in (("aopc", aopc), ("lower", lower), ("upper", upper)):
         check_floats(tensor, name, ("images",))
+        check_device(tensor, name, aopc.device)
     if not aopc.shape == lower.shape == upper.shape:
         raise ValueError(
             f"`aopc`, `lower` and `upper` must share a shape (images,), "
