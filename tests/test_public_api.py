@@ -21,6 +21,7 @@ INTERNAL = {
     "checkpoints": {"complete_checkpoint", "marked_incomplete"},
     "coalitions": {"check_coalitions", "sum_over_coalitions"},
     "configuration_shapley": {"ShapleyConfigMixin"},
+    "digits": {"label_maps", "trainable"},
     "hub": {"keep_card_of_hub", "label_names", "push_with_card"},
     "interoperability": {"ImageGame"},
     "model_card": {"escape_markdown", "format_number", "numbers_in_card"},

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
-from .digits import digits_dataset
+from .digits import SHORT_RUN, digits_dataset, label_maps, trainable
 from .estimators import exact_shapley
 from .files import whole_file
 from .metrics import attribution_correlation, error_ratio
@@ -133,11 +133,7 @@ def _tensors(split, processor: ViTImageProcessorPil) -> tuple[Tensor, Tensor]:
 
 def _train(settings: DemoSettings, train: tuple[Tensor, Tensor], seed: int, joint: bool) -> PreTrainedModel:
     """Train from scratch; joint and plain share backbone, schedule and seed."""
-    names = [str(digit) for digit in range(10)]
-    options = BACKBONES[settings.backbone] | {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: digit for digit, name in enumerate(names)},
-    }
+    options = BACKBONES[settings.backbone] | label_maps([str(digit) for digit in range(10)])
     plain_config, plain_model, shapley_config, shapley_model = CLASSES[settings.backbone]
     set_seed(seed)
     if joint:
@@ -151,21 +147,16 @@ def _train(settings: DemoSettings, train: tuple[Tensor, Tensor], seed: int, join
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
         seed=seed,
-        save_strategy="no",
         logging_steps=200,
-        report_to=[],
-        use_cpu=True,
-        dataloader_pin_memory=False,
         weight_decay=0.05,
-        lr_scheduler_type="cosine",
+        **SHORT_RUN,
         **TRAINING[settings.backbone],
         **extra,
     )
-    rows = [{"pixel_values": pixels, "labels": label} for pixels, label in zip(*train, strict=True)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # The model is so small that threads would mostly wait for each other.
     try:
-        make_trainer(model, args, train_dataset=rows).train()
+        make_trainer(model, args, train_dataset=trainable(*train)).train()
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(checkpoints, ignore_errors=True)

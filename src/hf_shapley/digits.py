@@ -1,11 +1,13 @@
 """scikit-learn's 8 x 8 digits as a `datasets` data set, and a small model of them: nothing needs a download."""
 
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
+from torch import Tensor
 from transformers import PrinterCallback, ViTImageProcessorPil
 
 from .configuration_shapley import ShapleyConvNextConfig
@@ -13,6 +15,10 @@ from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 TEST_FRACTION = 0.25
+# Of every run on them: short, on the CPU, and nobody's log.
+SHORT_RUN = dict(
+    save_strategy="no", lr_scheduler_type="cosine", report_to=[], use_cpu=True, dataloader_pin_memory=False
+)
 
 
 def digits_dataset() -> DatasetDict:
@@ -44,6 +50,16 @@ def digits_dataset() -> DatasetDict:
     return DatasetDict(splits)
 
 
+def label_maps(names: Sequence[str]) -> dict[str, dict]:
+    """What a configuration keeps of label names, `id2label` and `label2id`."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def trainable(pixel_values: Tensor, labels: Sequence[int] | Tensor) -> list[dict]:
+    """Rows that a Trainer takes: pixels (images, C, H, W), labels (images)."""
+    return [{"pixel_values": x, "labels": y} for x, y in zip(pixel_values, labels, strict=True)]
+
+
 def train_digits_model(
     *, epochs: float = 16, seed: int = 0
 ) -> tuple[ShapleyConvNextForImageClassification, ViTImageProcessorPil]:
@@ -63,7 +79,6 @@ def train_digits_model(
     # By area, so that an enlarged digit comes back as it was.
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8}, resample=PILImage.Resampling.BOX)
     pixels = processor(train["image"][:], return_tensors="pt")["pixel_values"]  # (1347, 3, 8, 8)
-    rows = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, train["label"][:], strict=True)]
     config = ShapleyConvNextConfig(
         hidden_sizes=[64],
         depths=[2],
@@ -71,8 +86,7 @@ def train_digits_model(
         patch_size=2,
         image_size=8,
         layer_scale_init_value=1.0,
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
+        **label_maps(labels),
     )
     with TemporaryDirectory() as folder:
         args = ShapleyTrainingArguments(
@@ -82,18 +96,14 @@ def train_digits_model(
             per_device_train_batch_size=128,
             learning_rate=1e-2,
             shapley_weight=3.0,
-            lr_scheduler_type="cosine",
             warmup_steps=20,
             logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
+            **SHORT_RUN,
         )
         torch.manual_seed(seed)
         model = ShapleyConvNextForImageClassification(config)
-        trainer = ShapleyTrainer(model, args, train_dataset=rows)
+        trainer = ShapleyTrainer(model, args, train_dataset=trainable(pixels, train["label"][:]))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model.eval(), processor

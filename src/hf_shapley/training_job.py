@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
-from .digits import digits_dataset
+from .digits import digits_dataset, label_maps
 from .files import whole_file
 from .images import load_image
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
@@ -181,7 +181,7 @@ def _first(rows: Dataset, limit: int | None, seed: int) -> Dataset:
 
 def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The checkpoint and its image processor, or a small model with random weights."""
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    names: dict[str, Any] = label_maps(labels)
     if args.attribution_head is not None:
         names["attribution_head"] = args.attribution_head
     if args.model is None:
