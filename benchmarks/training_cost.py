@@ -8,6 +8,7 @@ Both are forward, backward and AdamW step on the same images, timed in turn. The
 import argparse
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from common import RESULTS, build, compare, interleave, print_table, write_result
@@ -25,19 +26,24 @@ VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model
 GOALS = {"vit": 2.05, "convnext": 2.2}
 
 
-def plain_step(model, inputs: dict) -> Callable[[], None]:
+Precision = Callable[[], AbstractContextManager]  # such as one that gives `torch.autocast`, around the forward
+
+
+def plain_step(model, inputs: dict, precision: Precision = nullcontext) -> Callable[[], None]:
     """A stock training step."""
     optimizer = AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        model(**inputs).loss.backward()
+        with precision():
+            loss = model(**inputs).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def joint_step(model, inputs: dict, folder: str, **options) -> Callable[[], None]:
+def joint_step(model, inputs: dict, folder: str, precision: Precision = nullcontext, **options) -> Callable[[], None]:
     """The trainer's step; with `shapley_every` above 1, that many steps."""
     args = ShapleyTrainingArguments(
         folder,
@@ -51,7 +57,9 @@ def joint_step(model, inputs: dict, folder: str, **options) -> Callable[[], None
 
     def step() -> None:
         for _ in range(args.shapley_every):
-            trainer.compute_loss(model, inputs).backward()
+            with precision():
+                loss = trainer.compute_loss(model, inputs)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             trainer.state.global_step += 1

@@ -1,0 +1,207 @@
+"""Training steps and predictions in bfloat16 on a GPU: images per second, share of the chip's peak, memory.
+
+Timed in turn: the stock step, the joint one (the trainer's own), and the explainer's step of FastSHAP
+(arXiv:2107.07436) and ViT-Shapley (arXiv:2206.05282), which learns from a second model's values of 32 masked copies of
+each image. Peak is the chip's dense bfloat16 rate as its maker states it; what a step computes is counted by torch.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --device cpu --models vit-tiny --batch-size 2 --image-size 64 --masks 4 --repeats 1
+"""
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Callable
+
+import torch
+from common import RESULTS, build, compare, interleave, peak_memory, write_result
+from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
+from training_cost import Precision, joint_step, plain_step
+
+from hf_shapley import sample_coalitions, shapley_loss
+
+# Dense bfloat16, TFLOP/s; the first name that is part of the device's counts.
+PEAKS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+JOINT: dict[str, dict] = {
+    "joint step": {},
+    "joint step, half of the batch": {"shapley_fraction": 0.5},
+}
+
+
+def peak_of(device: str) -> float | None:
+    """TFLOP/s of this device, where known."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((peak for chip, peak in PEAKS.items() if chip in name), None)
+
+
+def masked_images(pixel_values: torch.Tensor, coalitions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Copies of (B, C, H, W) with the patches outside of coalitions (B, M, N) at 0: (B M, C, H, W)."""
+    height, width = pixel_values.shape[-2:]
+    maps = coalitions.unflatten(-1, grid).repeat_interleave(height // grid[0], -2)
+    maps = maps.repeat_interleave(width // grid[1], -1).unsqueeze(2)  # (B, M, 1, H, W)
+    return (pixel_values.unsqueeze(1) * maps).flatten(0, 1)
+
+
+def masked_copies_step(surrogate, explainer, inputs: dict, masks: int, precision: Precision) -> Callable[[], None]:
+    """One step of an explainer that regresses a frozen model's values of masked copies of each image."""
+    optimizer = AdamW(explainer.parameters(), fused=True)
+    pixel_values = inputs["pixel_values"]
+    batch = len(pixel_values)
+    grid = explainer.grid_size(*pixel_values.shape[-2:])
+    generator = torch.Generator(pixel_values.device).manual_seed(0)
+
+    def step() -> None:
+        coalitions = sample_coalitions(batch, masks, num_players=grid[0] * grid[1], generator=generator)
+        with torch.no_grad(), precision():
+            copies = masked_images(pixel_values, coalitions, grid)
+            values = torch.cat([surrogate(part).logits.float() for part in copies.split(4 * batch)])
+            empty = surrogate(torch.zeros_like(pixel_values[:1])).logits.float()
+        with precision():
+            attributions = explainer(pixel_values).attributions
+        shapley_loss(attributions, coalitions, values.unflatten(0, (batch, masks)) - empty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def predict(model, pixel_values: torch.Tensor, precision: Precision) -> Callable[[], object]:
+    """A forward without gradients."""
+
+    @torch.no_grad()
+    def step() -> object:
+        with precision():
+            return model(pixel_values)
+
+    return step
+
+
+def steps_of(shape: str, args: argparse.Namespace, compiled: bool, folder: str) -> dict[str, Callable[[], object]]:
+    """Everything that is timed for one shape; `compiled` models are compiled when first called."""
+    generator = torch.Generator().manual_seed(0)
+    size = (args.batch_size, 3, args.image_size, args.image_size)
+    pixel_values = torch.randn(size, generator=generator).to(args.device)
+    if args.channels_last:
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 1000, (args.batch_size,), generator=generator).to(args.device)
+    inputs = {"pixel_values": pixel_values, "labels": labels}
+
+    def precision() -> torch.autocast:
+        return torch.autocast(args.device, torch.bfloat16)
+
+    def make(*, plain: bool = False, train: bool = True) -> torch.nn.Module:
+        model = build(shape, plain=plain, image_size=args.image_size).train(train).to(args.device)
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if compiled:
+            model.compile(dynamic=False)
+        return model
+
+    steps: dict[str, Callable[[], object]] = {"plain step": plain_step(make(plain=True), inputs, precision)}
+    for name, options in JOINT.items():
+        steps[name] = joint_step(make(), inputs, folder, precision, **options)
+    surrogate = make(plain=True, train=False)
+    steps[f"step with {args.masks} masked copies"] = masked_copies_step(
+        surrogate, make(), inputs, args.masks, precision
+    )
+    steps["plain forward"] = predict(surrogate, pixel_values, precision)
+    steps["explained forward"] = predict(make(train=False), pixel_values, precision)
+    return steps
+
+
+def flops_of(step: Callable[[], object]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention in a call."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def measure(shape: str, args: argparse.Namespace, compiled: bool, flops: dict[str, int]) -> dict[str, dict]:
+    """Time, rate and memory of each step; `flops` are those of the models that are not compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = steps_of(shape, args, compiled, folder)
+        times = interleave(steps, repeats=args.repeats, warmup=args.warmup)
+        memory = {name: peak_memory(step, args.device) for name, step in steps.items()}
+    peak = args.peak_tflops or peak_of(args.device)
+    table = {}
+    for name in steps:
+        baseline = "plain forward" if name.endswith("forward") else "plain step"
+        row = compare({key: times[key] for key in (name, baseline)}, baseline)[name]
+        rate = flops[name] / row["wall_ms"] / 1e9  # TFLOP/s
+        table[name] = row | {
+            "images_per_second": round(1000 * args.batch_size / row["wall_ms"], 1),
+            "tflop_per_second": round(rate, 2),
+            "share_of_peak": round(rate / peak, 4) if peak else None,
+            "peak_memory_gib": round(memory[name] / 2**30, 3),
+        }
+    return table
+
+
+def count_flops(shape: str, args: argparse.Namespace) -> dict[str, int]:
+    """Operations of each step, counted once."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: flops_of(step) for name, step in steps_of(shape, args, False, folder).items()}
+
+
+def print_rows(title: str, table: dict[str, dict]) -> None:
+    """Print one line per step."""
+    print(title)
+    for name, row in table.items():
+        share = "" if row["share_of_peak"] is None else f"  {100 * row['share_of_peak']:.1f} % of peak"
+        print(
+            f"  {name:<32} {row['wall_ms']:>9.1f} ms  {row['wall_ratio']:>6.3f}x"
+            f"  {row['images_per_second']:>9.1f} images/s  {row['peak_memory_gib']:>7.3f} GiB{share}"
+        )
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--models", nargs="+", default=["vit-base", "convnext-tiny", "convnext-base"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--masks", type=int, default=32, help="masked copies per image in the other methods' step")
+    parser.add_argument("--channels-last", action="store_true", help="models and pixels in that memory format")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--peak-tflops", type=float, help="of a chip that is not in the list, or at other clocks")
+    parser.add_argument("--output", default=RESULTS / "gpu.json")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device: give `--device cpu`, small models and another `--output` to try the code")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    flops: dict[str, dict[str, int]] = {}
+    tables: dict[str, dict] = {}
+    for shape, mode in itertools.product(args.models, args.modes):
+        if shape not in flops:
+            flops[shape] = count_flops(shape, args)
+        torch.compiler.reset()
+        table = measure(shape, args, mode == "compiled", flops[shape])
+        tables.setdefault(shape, {})[mode] = table
+        print_rows(f"{shape}, {mode}, batch {args.batch_size}, {args.image_size} x {args.image_size}", table)
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "models", "modes")}
+    peak = args.peak_tflops or peak_of(args.device)
+    write_result(args.output, {"settings": settings, "peak_tflops": peak, "dtype": "bfloat16", "models": tables})
+
+
+if __name__ == "__main__":
+    main()
