@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from PIL import Image
@@ -117,12 +118,18 @@ def test_too_large_and_broken_pictures_are_refused(demo, classifier, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def url(classifier, tmp_path_factory):
+def uploads(tmp_path_factory) -> Path:
+    """Where the server puts what visitors upload."""
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def url(classifier, uploads, tmp_path_factory):
     """Address of the demo, served as a user would: by its own process."""
     folder = tmp_path_factory.mktemp("server")
     classifier.save_pretrained(folder / "model")
     command = [sys.executable, "-u", str(APP)] + ([] if TAKES_SCREENSHOT else ["--model", str(folder / "model")])
-    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
+    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(uploads)}
     with open(folder / "log", "w+") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
         try:
@@ -141,6 +148,25 @@ def address_in(log: Path, server: subprocess.Popen) -> str:
             break
         time.sleep(0.1)
     raise AssertionError(f"The demo does not answer:\n{log.read_text()[-4000:]}")
+
+
+def upload(url: str, name: str, data: bytes) -> httpx.Response:
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        return client.post(f"{url}/gradio_api/upload", files={"files": (name, data)})
+
+
+def test_the_server_takes_no_file_beyond_the_limit(demo, url):
+    assert upload(url, "picture.png", b"0" * (demo.MAX_BYTES + 1)).status_code == 413
+    assert upload(url, "picture.png", b"0" * 1000).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["../../../evil.png", "/etc/evil.png", "..", "<img src=x>.png", "a\\..\\evil.png"])
+def test_an_uploads_name_leads_nowhere(name, url, uploads):
+    answer = upload(url, name, encoded(Image.new("RGB", (4, 4))))
+    assert answer.status_code in (200, 400)
+    for path in answer.json() if answer.status_code == 200 else []:
+        assert Path(path).resolve().is_relative_to(uploads.resolve())
+        assert not set("<>") & set(Path(path).name)
 
 
 @pytest.fixture
