@@ -18,7 +18,7 @@ INTERNAL = {
         "scale_gradient",
         "sums_of_linear",
     },
-    "checkpoints": {"complete_checkpoint", "marked_incomplete"},
+    "checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
     "coalitions": {"check_coalitions", "sum_over_coalitions"},
     "configuration_shapley": {"ShapleyConfigMixin"},
     "digits": {"label_maps", "trainable"},
