@@ -441,7 +441,7 @@ BAD: dict[str, Callable[[Any], list[Any]]] = {
     "array": lambda good: ["text", {"a": 1}, object(), None, [[0.5, None]], 2j, [], *damaged(good), good[:0]],
     "bool": lambda good: [*NOT_TENSORS, good.float(), good.long(), good.to(torch.uint8), *misshapen(good)],
     "bool any shape": lambda good: [*NOT_TENSORS, good.float(), good.long(), good.to(torch.uint8), good[0, 0, 0]],
-    "long": lambda good: [*NOT_TENSORS, good.float(), good > 0, good.int()],
+    "long": lambda good: [*NOT_TENSORS, good.float(), good > 0, good.int(), good[0, 0, 0]],
     "game": wrong_games,
     "picture": lambda good: [None, 3, 0.5, object(), [good], {"a": 1}, draw(3, 4, 4), good.convert("F"), ""],
     "pictures": lambda good: [None, 3, "ab", object(), [], [None] * len(good), [draw(3, 4, 4)] * len(good)],

@@ -136,8 +136,8 @@ def ids_to_coalitions(coalition_ids: Tensor, num_coalitions: int) -> Tensor:
     """Members of each coalition: long (..., N) -> bool (..., num_coalitions, N), row c = the players of id c."""
     if not isinstance(coalition_ids, Tensor):
         raise TypeError(f"`coalition_ids` must be a long tensor, got {describe(coalition_ids)}.")
-    if coalition_ids.dtype != torch.long:
-        raise ValueError(f"`coalition_ids` must be a long tensor, got {describe(coalition_ids)}.")
+    if coalition_ids.dtype != torch.long or coalition_ids.ndim == 0:
+        raise ValueError(f"`coalition_ids` must be a long tensor (..., players), got {describe(coalition_ids)}.")
     if not torch.compiler.is_compiling():
         check_count(num_coalitions, "num_coalitions")
     return coalition_ids.unsqueeze(-2) == torch.arange(num_coalitions, device=coalition_ids.device).unsqueeze(-1)
