@@ -48,6 +48,27 @@ def test_the_cost_of_a_step_is_that_of_its_result_file():
         assert re.search(rf"{vit:.2f} (plain steps for ViT-Ti/16 )?and {convnext:.2f}", README)
 
 
+def test_the_page_on_reliability_says_what_its_result_files_say():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    kills, memory, crowd, bad = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("kill_and_resume", "memory", "demo_load", "bad_input")
+    )
+    configurations = kills["configurations"].values()
+    ends, cut_off = (sum(found[name] for found in configurations) for name in ("ends", "cut_off"))
+    assert f"| {kills['kills']} kills:" in page
+    assert f"{kills['ends_with_equal_weights']} of {ends} ends" in page
+    assert f"{cut_off} cut-off checkpoints, none accepted" in page
+    assert all(found["good"] and len(found["kills"]) >= 20 for found in configurations)
+    steps, images, figures = memory["runs"].values()
+    assert f"{steps['count']} training steps, {images['count']} explained images, {figures['count']} saved" in page
+    assert "{:+.2f}, {:+.2f} and {:+.2f} MiB".format(*(run["growth_mib"] for run in memory["runs"].values())) in page
+    assert f"{crowd['users']} visitors for {crowd['seconds']:.0f} seconds" in page
+    assert f"{crowd['answers']} answers, {crowd['wrong_answers']} wrong, {len(crowd['errors'])} errors" in page
+    assert f"| {bad['cases']} cases |" in page
+    assert bad["failed_tests"] == 0
+
+
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
