@@ -134,8 +134,9 @@ class AttributionHead(nn.Module):
         votes = scale_gradient(votes, self.vote_gradient)
         if self.influence is None:
             return votes
-        influence = self.influence(self._influence_tokens(tokens, grid)).float() / tokens.shape[-2]
-        return votes + (influence - influence.mean(dim=-2, keepdim=True))
+        influence = nn.functional.linear(self._influence_tokens(tokens, grid), self.influence.weight).float()
+        influence.div_(tokens.shape[-2])  # in place: with many labels this is the largest tensor of a forward
+        return influence.sub_(influence.mean(dim=-2, keepdim=True)).add_(votes)
 
     def attribution_sums(self, tokens: Tensor, vote_sums: Tensor, coalitions: Tensor, grid: tuple[int, int]) -> Tensor:
         """Attributions summed over coalitions: tokens (B, N, D), sums (B, M, K), bool (B, M, N) -> (B, M, K)."""
@@ -332,10 +333,9 @@ class ShapleyImageClassifierMixin:
 
     def _votes_of(self, voters: Tensor) -> Tensor:
         """Each player's vote, divided by the number of players: (..., N, D) -> (..., N, K), float32."""
-        return (
-            nn.functional.linear(voters.to(self.classifier.weight.dtype), self.classifier.weight).float()
-            / (voters.shape[-2])
-        )
+        weight = self.classifier.weight
+        votes = nn.functional.linear(voters.to(weight.dtype), weight).float()
+        return votes.div_(voters.shape[-2])  # in place: with many labels this is the largest tensor of a forward
 
     def _sums(
         self, tokens: Tensor, voters: Tensor, structured: Tensor, members: Tensor, grid: tuple[int, int]
