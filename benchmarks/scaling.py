@@ -10,6 +10,7 @@ sizes are timed in turn. Two processes explain a data set with a thread each, on
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -167,6 +168,12 @@ def measure_processes(images: int, repeats: int) -> dict:
     }
 
 
+def circumstances() -> dict:
+    """Command that measures a part, and the machine's load over 1, 5 and 15 minutes before it."""
+    command = shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]])
+    return {"command": command, "load_average": [round(load, 2) for load in os.getloadavg()]}
+
+
 def print_rows(shape: str, rows: list[dict], size: str) -> None:
     """Print one line per size."""
     print(f"{shape}: against {size}")
@@ -190,21 +197,22 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     path = Path(args.output)
-    # Parts measured at another time stay as they are, each with the machine's load at its own time.
+    # Parts measured at another time stay as they are, each with its own command and load.
     parts = json.loads(path.read_text())["parts"] if path.exists() else {}
     for part, grids, labels in (("players", GRIDS, (1000,)), ("labels", (14,), LABELS)):
         if part in args.parts:
-            parts[part] = {"load_average": list(os.getloadavg())}
+            parts[part] = {**circumstances(), "repeats": args.repeats}
             for shape in args.models:
                 rows = sweep(shape, cases(shape, grids, labels), args.repeats)
                 print_rows(shape, rows, part)
                 parts[part][shape] = {"rows": rows, "exponents": exponents(rows, part)}
                 print("  exponents", parts[part][shape]["exponents"])
     if "processes" in args.parts:
-        parts["processes"] = {"load_average": list(os.getloadavg())}
+        parts["processes"] = {**circumstances(), "repeats": args.process_repeats}
         parts["processes"] |= measure_processes(args.images, args.process_repeats)
         print(parts["processes"])
-    write_result(path, {"settings": {"repeats": args.repeats, "models": args.models}, "parts": parts})
+    settings = {"models": args.models, "players_in_batch": PLAYERS_IN_BATCH, "threads": 1}
+    write_result(path, {"settings": settings, "parts": parts})
 
 
 if __name__ == "__main__":

@@ -69,6 +69,19 @@ def test_the_page_on_reliability_says_what_its_result_files_say():
     assert bad["failed_tests"] == 0
 
 
+def test_the_scaling_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "scaling.json").read_text())["parts"]
+    for shape, name in (("vit-tiny", "ViT-Ti/16"), ("convnext-atto", "ConvNeXt-Atto")):
+        exponents = found["players"][shape]["exponents"]
+        assert [row["players"] for row in found["players"][shape]["rows"]] == [16, 64, 196, 400, 1024]
+        plain, joint = (f"{exponents[kind]:.2f}" for kind in ("plain step", "joint step"))
+        assert re.search(rf"{joint} for {name}\s\((the plain one: )?{plain}\)", README)
+        assert [row["labels"] for row in found["labels"][shape]["rows"]] == [10, 100, 1000, 10_000]
+        assert abs(found["labels"][shape]["exponents"]["joint step"]) < 0.005
+    assert f"{found['processes']['speedup']:.2f} times as fast as one" in README
+    assert found["processes"]["same_files"]
+
+
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
