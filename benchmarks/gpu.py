@@ -107,7 +107,7 @@ def steps_of(shape: str, args: argparse.Namespace, compiled: bool, folder: str) 
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if compiled:
-            model.compile(dynamic=False)
+            model.compile(fullgraph=True, dynamic=False)  # whole, or an error: never in part
         return model
 
     steps: dict[str, Callable[[], object]] = {"plain step": plain_step(make(plain=True), inputs, precision)}
@@ -195,7 +195,8 @@ def main() -> None:
         if shape not in flops:
             flops[shape] = count_flops(shape, args)
         torch.compiler.reset()
-        table = measure(shape, args, mode == "compiled", flops[shape])
+        with torch._dynamo.config.patch(recompile_limit=64):  # models of one class share it
+            table = measure(shape, args, mode == "compiled", flops[shape])
         tables.setdefault(shape, {})[mode] = table
         print_rows(f"{shape}, {mode}, batch {args.batch_size}, {args.image_size} x {args.image_size}", table)
     settings = {name: value for name, value in vars(args).items() if name not in ("output", "models", "modes")}
