@@ -16,6 +16,7 @@ INTERNAL = {
         "ZeroLinear",
         "check_grid",
         "scale_gradient",
+        "share_evenly",
         "sums_of_linear",
     },
     "checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
