@@ -2,10 +2,10 @@
 
 A plain classifier is trained first (the usual case), then fine-tuned with each recipe for the same number of epochs,
 one of them "plain" as the control. Measured on the test split: accuracy, attribution error and correlation with their
-certificate, interaction share, insertion and deletion. Each run writes its own result file as soon as it ends, and a
-run whose file is there is not repeated.
+certificate, interaction share, insertion and deletion. Each run keeps its model and writes its own result file as soon
+as it ends, and a run whose file is there is not repeated.
 
-    python benchmarks/recipe_study.py --data path/to/cifar10 --backbone vit --recipes plain,votes,influence
+    python benchmarks/recipe_study.py --data path/to/cifar10 --backbone vit --recipes "plain;pooled, values 0.1"
 
 The data is any folder that `datasets.load_dataset` reads, with columns `image` (32 x 32) and `label`.
 """
@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
     set_seed,
 )
 
@@ -256,6 +257,9 @@ def run(name: str, options, train_images: Images, test_images: Images) -> None:
         else SHAPLEY[options.backbone].from_pretrained(start, **ATTENTION, **recipe.config)
     )
     model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
+    for part in (model, processor):
+        part.save_pretrained(work / slug / "model")
     measured = measure(model, test_images, options)
     settings = {
         key: value for key, value in vars(options).items() if key not in ("data", "output", "results", "recipes")

@@ -77,7 +77,7 @@ def test_entries_hold_what_the_model_gives(model, backbone):
     for entry, label in zip(entries, order, strict=True):
         np.testing.assert_array_equal(entry["attributions"], maps[label].numpy())
         assert entry["score"] == pytest.approx(logits.softmax(0)[label].item(), abs=1e-6)
-        assert entry["base_value"] == pytest.approx(model.classifier.bias[label].item())
+        assert entry["base_value"] == pytest.approx(model.base_values[label].item())
 
 
 def test_base_value_and_attributions_add_up_to_the_logit(expected):

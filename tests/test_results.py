@@ -82,6 +82,42 @@ def test_the_scaling_is_that_of_its_result_file():
     assert found["processes"]["same_files"]
 
 
+def recipe_rows() -> list[str]:
+    """One row for each joint run of the recipe study, against the plain run of its folder, backbone and seed."""
+    rows = []
+    for path in sorted((RESULTS / "recipe_study").rglob("*.json")):
+        found = json.loads(path.read_text())
+        if found["recipe"] == "plain":
+            continue
+        backbone, seed = path.name.split("-")[0], found["settings"]["seed"]
+        plain = json.loads((path.parent / f"{backbone}-plain-seed{seed}.json").read_text())
+        shared = ("epochs", "train_images", "pretrain", "batch_size", "learning_rate", "bf16")
+        assert all(plain["settings"][name] == found["settings"][name] for name in shared), path
+        assert plain["test_images"] == found["test_images"] == 10_000
+        certificate = found["certificate"]
+        low, high = certificate["error_ratio_interval"]
+        cells = [
+            f"{path.parent.name.removeprefix(backbone + '_').replace('_', ' ')}, seed {seed}",
+            found["recipe"],
+            f"{100 * found['accuracy']:.2f} %",
+            f"{100 * (found['accuracy'] - plain['accuracy']):+.2f} points",
+            f"{certificate['error_ratio']:.3f} [{low:.3f}, {high:.3f}]",
+            f"{certificate['correlation']:.3f}",
+            f"{found['interaction_share']:.3f}",
+            f"{found['insertion'] - found['deletion']:.3f}",
+        ]
+        rows.append(
+            "| " + " | ".join([f"{'ViT' if backbone == 'vit' else 'ConvNeXt'}, {cells[0]}", *cells[1:]]) + " |"
+        )
+    return rows
+
+
+def test_the_recipe_table_is_that_of_its_result_files():
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (?:ViT|ConvNeXt), .+ \|$", page, flags=re.MULTILINE)
+    assert table == recipe_rows() and table
+
+
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
