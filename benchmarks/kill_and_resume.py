@@ -130,7 +130,7 @@ def arm(trainer: ShapleyTrainer, kill: Kill) -> None:
         setattr(trainer, METHODS[kill.how], deadly)
 
 
-def train(folder: Path, options: dict, kill: Kill | None, limit: int | None) -> None:
+def train(folder: Path, options: dict, kill: Kill | None, limit: int | None) -> ShapleyTrainer:
     """One process of one run, from the newest complete checkpoint."""
     trainer = make_trainer(folder, **options, save_total_limit=limit)
     if kill and trainer.args.process_index == kill.rank:
@@ -139,6 +139,7 @@ def train(folder: Path, options: dict, kill: Kill | None, limit: int | None) -> 
     if trainer.is_world_process_zero():
         torch.save(trainer.model.state_dict(), folder / "end.pt")
     trainer.end()
+    return trainer
 
 
 def fork(folder: Path, options: dict, kill: Kill | None = None, limit: int | None = None) -> bool:
@@ -175,15 +176,14 @@ def run_child(rank: int, port: int, folder: Path, options: dict, kill: Kill | No
         world = str(options["processes"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    status = 1
     try:
-        train(folder, options, kill, limit)
-        status = 0
+        # Ended with its trainer alive: to free it is to free the process group, which can wait for ever for the GIL.
+        kept = train(folder, options, kill, limit)  # noqa: F841
+        os._exit(0)
     except BaseException:
         if kill is None or kill.rank == rank:  # a survivor has lost its peer
             traceback.print_exc()
-    finally:
-        os._exit(status)
+        os._exit(1)
 
 
 @dataclass
