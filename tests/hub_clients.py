@@ -149,7 +149,12 @@ def train(folder: Path) -> dict:
     torch.save(trainer.model.state_dict(), folder / "trained.pt")
     HfApi().upload_file(path_or_fileobj=USERS_CARD.encode(), path_in_repo="README.md", repo_id="tester/trained")
     trainer.push_to_hub()
-    return {"trained logits": logits(trainer.model)}
+    (folder / "training" / "README.md").unlink()  # by now the user's, which nothing would overwrite
+    trainer.hub_model_id = "tester/mute"
+    with impatient():
+        trainer._push_from_checkpoint(str(folder / "training" / "checkpoint-2"))  # on the way there is another time
+        no_answer = refusal(trainer.push_to_hub)
+    return {"trained logits": logits(trainer.model), "no answer to a trainer": no_answer}
 
 
 def load_with_library(folder: Path) -> dict:

@@ -1,6 +1,5 @@
 """Sharing a model: weights, code, pipeline, image processor and card in one commit."""
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
 from .files import whole_file
 from .model_card import MARKER, render_model_card, write_model_card
-
-logger = logging.getLogger(__name__)
 
 
 def push_to_hub(
@@ -123,23 +120,22 @@ def keep_card_of_hub(
 ) -> None:
     """Bring a card that somebody wrote on the Hub into a folder that will be uploaded, so that it is not lost.
 
-    Nothing happens where the repository has no card or a generated one, where the Hub does not answer, or where the
-    folder's own card was written by somebody.
+    Nothing happens where the repository has no card or a generated one, or where the folder's own was written by
+    somebody.
 
     Args:
         repo_id: "user/name" of an existing repository.
         folder: an existing folder.
         token: to read a private repository.
         revision: branch; None = the main one.
+
+    Raises:
+        ConnectionError: the Hub does not say whether there is a card.
     """
     local = Path(folder) / "README.md"
     if local.exists() and MARKER not in local.read_text(encoding="utf-8", errors="replace"):
         return
-    try:
-        card = _written_card(repo_id, token, revision)
-    except ConnectionError as error:
-        logger.warning("%s", error)
-        return
+    card = _written_card(repo_id, token, revision)
     if card is not None:
         with whole_file(local) as draft:
             draft.write_bytes(card)

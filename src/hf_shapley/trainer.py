@@ -1,5 +1,6 @@
 """Trainer that learns classification and Shapley values jointly."""
 
+import logging
 import shutil
 from collections import defaultdict
 from contextlib import nullcontext
@@ -20,6 +21,8 @@ from .hub import keep_card_of_hub
 from .losses import coalition_label_loss, coalition_loss, coalition_regression_loss, paired_residual_loss
 from .model_card import write_model_card
 from .training_card import render_training_card
+
+logger = logging.getLogger(__name__)
 
 COALITION_TARGETS = ("prediction", "label")
 
@@ -299,7 +302,11 @@ class ShapleyTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            self._keep_card_of_hub()
+            try:
+                self._keep_card_of_hub()
+            except ConnectionError as error:
+                logger.warning("This checkpoint is not pushed: %s", error)
+                return
             # The stock Trainer copies weights and configuration only, but the configuration names the code.
             for path in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(path, self.args.output_dir)
