@@ -25,6 +25,7 @@ import torch
 from common import RESULTS, write_result
 from datasets import load_dataset
 from recipe_study import ATTENTION, RECIPES, Images, normalise
+from recipe_study import arguments as shared_arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, set_seed
@@ -128,26 +129,10 @@ class Meter(TrainerCallback):
         self.clock = time.process_time()
 
 
-def arguments(cls, options, steps: int, **extra):
-    """Training arguments that all stages share."""
-    return cls(
-        output_dir=str(options.output),
-        max_steps=steps,
-        per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        weight_decay=0.05,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        seed=options.seed,
-        bf16=options.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        **extra,
-    )
+def arguments(cls, options, steps: int, **extra) -> TrainingArguments:
+    """Training arguments of every stage: those of the recipe study, for a number of steps and without checkpoints."""
+    extra |= dict(max_steps=steps, save_strategy="no", disable_tqdm=True)
+    return shared_arguments(cls, options, options.output, options.learning_rate, **extra)
 
 
 class Study:

@@ -159,18 +159,10 @@ class Averaging(TrainerCallback):
         model.load_state_dict(self.shadow)
 
 
-def train(
-    model: PreTrainedModel, images: Images, folder: Path, options, recipe: Recipe | None, epochs: float, rate: float
-):
-    """Train, resuming from the last checkpoint in `folder` where there is one."""
-    make_trainer, make_args, extra = (
-        (Trainer, TrainingArguments, {})
-        if recipe is None
-        else (ShapleyTrainer, ShapleyTrainingArguments, recipe.training)
-    )
-    args = make_args(
+def arguments(cls, options, folder: Path, rate: float, **extra) -> TrainingArguments:
+    """Training arguments that all runs share, plain and joint."""
+    return cls(
         output_dir=str(folder),
-        num_train_epochs=epochs,
         per_device_train_batch_size=options.batch_size,
         learning_rate=rate,
         weight_decay=0.05,
@@ -179,15 +171,26 @@ def train(
         seed=options.seed,
         bf16=options.bf16,
         use_cpu=not torch.cuda.is_available(),
-        save_strategy="epoch",
-        save_total_limit=1,
         logging_steps=50,
         report_to=[],
-        disable_tqdm=not options.progress,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         **extra,
     )
+
+
+def train(
+    model: PreTrainedModel, images: Images, folder: Path, options, recipe: Recipe | None, epochs: float, rate: float
+):
+    """Train, resuming from the last checkpoint in `folder` where there is one."""
+    saving = dict(
+        num_train_epochs=epochs, save_strategy="epoch", save_total_limit=1, disable_tqdm=not options.progress
+    )
+    if recipe is None:
+        make_trainer, args = Trainer, arguments(TrainingArguments, options, folder, rate, **saving)
+    else:
+        make_trainer = ShapleyTrainer
+        args = arguments(ShapleyTrainingArguments, options, folder, rate, **saving, **recipe.training)
     callbacks = [Averaging(options.average)] if options.average else None
     trainer = make_trainer(model, args, train_dataset=images, data_collator=images.collate, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
