@@ -118,6 +118,25 @@ def test_the_recipe_table_is_that_of_its_result_files():
     assert table == recipe_rows() and table
 
 
+def test_the_sentence_on_cifar10_is_that_of_its_result_files():
+    sentence = " ".join(README[README.index("On CIFAR-10") : README.index("[Choosing a recipe]")].split())
+    expected = []
+    for setting, recipe in (
+        ("5000_images_from_scratch", "influence-votes_1-values_1"),
+        ("fine_tuned", "pooled-values_0.1"),
+    ):
+        folder = RESULTS / "recipe_study" / f"vit_{setting}"
+        plain, joint = (json.loads((folder / f"vit-{name}-seed0.json").read_text()) for name in ("plain", recipe))
+        accuracies = [f"{100 * plain['accuracy']:.2f} %", f"{100 * joint['accuracy']:.2f} %"]
+        expected += [
+            *accuracies,
+            f"{joint['certificate']['correlation']:.3f}",
+            f"{joint['certificate']['error_ratio']:.3f}",
+        ]
+    found = re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence)
+    assert sorted(found) == sorted(expected)
+
+
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
