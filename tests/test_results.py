@@ -118,6 +118,47 @@ def test_the_recipe_table_is_that_of_its_result_files():
     assert table == recipe_rows() and table
 
 
+def test_the_comparison_on_cifar10_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "faithfulness_cifar10.json").read_text())
+    page = (ROOT / "docs" / "faithfulness.md").read_text(encoding="utf-8")
+    section = page[page.index("## Against other methods") :]
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| (\S+) \| (.+) \|$", section, flags=re.MULTILINE)
+    assert len(rows) == 12
+    for name, evaluations, milliseconds, numbers in rows:
+        method = found["methods"][name]
+        columns = ("correlation", "insertion", "deletion", "insertion_minus_deletion")
+        assert int(evaluations) == method["evaluations"]
+        assert float(milliseconds) == pytest.approx(method["milliseconds_per_image"], rel=0.05)
+        assert numbers.split(" | ") == [f"{method[column]:.3f}" for column in columns]
+    assert f"about {found['equivalent_evaluations_of_kernel_shap']:.0f} evaluations" in section
+    assert f"{found['noise_of_ground_truth']:.1e} of the variance" in section
+    assert f"{found['images']} test images" in section
+
+
+def test_the_comparison_with_two_stages_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "peer_amortized.json").read_text())
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    rows = []
+    for name, kind in (("surrogate and explainer", "peer"), ("joint", "joint")):
+        for point in found[kind]["curve"]:
+            low, high = point["interval"]
+            costs = f"{point['cost']:.0f} | {point['counted_cost']:.0f}"
+            error = f"{point['error_ratio']:.3f} [{low:.3f}, {high:.3f}]"
+            rows.append(f"| {name} | {point['step']} | {costs} | {error} | {point['correlation']:.3f} |")
+    assert "\n".join(rows) in page
+    last = found["peer"]["curve"][-1]["error_ratio"]
+    before, after = (point["error_ratio"] for point in found["joint"]["curve"] if point["step"] in (50, 100))
+    assert after < last < before
+    curve, peer = found["joint"]["curve"], found["peer"]
+    for accuracy in (
+        min(point["accuracy"] for point in curve),
+        curve[-1]["accuracy"],
+        peer["accuracy_classifier"],
+        peer["accuracy_surrogate"],
+    ):
+        assert f"{100 * accuracy:.2f} %" in page
+
+
 def test_the_sentence_on_cifar10_is_that_of_its_result_files():
     sentence = " ".join(README[README.index("On CIFAR-10") : README.index("[Choosing a recipe]")].split())
     expected = []
