@@ -249,6 +249,22 @@ def test_a_visitor_uploads_a_picture_asks_about_labels_and_removes_patches(brows
     page.get_by_text("1 of 16 patches removed").wait_for()
 
 
+def test_a_picture_that_comes_while_another_is_answered_is_not_lost(browser, url, examples):
+    page = browser.new_page()
+    held = []
+    page.route("**/queue/join*", lambda route: route.continue_() if held else held.append(route))
+    page.goto(url)
+    page.wait_for_selector("#source input[type=file]", state="attached")
+    while not held:
+        page.wait_for_timeout(100)
+    with page.expect_response("**/upload?*"):
+        page.set_input_files("#source input[type=file]", examples[3])
+    page.wait_for_selector("#source img")
+    before = shown(page, "map_a")
+    held[0].continue_()
+    wait_for_change(page, "map_a", before)
+
+
 def test_two_visitors_do_not_see_each_others_pictures(browser, url, examples):
     pages = [open_page(browser, url, examples[index]) for index in (3, 5)]
     boards = [shown(page, "board") for page in pages]

@@ -328,10 +328,12 @@ def build_app(classifier: ShapleyImageClassificationPipeline, examples: Sequence
 
         asked, view = [state, first, second], [*titles, key, *maps, board, result]
         everything = [state, scores, first, second, count, *view]
-        quiet = {"show_progress": "hidden", "api_name": False}
-        gr.on([app.load, source.change], answers.on_picture, source, everything, api_name="explain")
+        # What a visitor does while an answer is on its way is answered next, not dropped.
+        common = {"trigger_mode": "always_last"}
+        quiet = common | {"show_progress": "hidden", "api_name": False}
+        gr.on([app.load, source.change], answers.on_picture, source, everything, api_name="explain", **common)
         gr.on([first.input, second.input], answers.view, asked, view, **quiet)
-        count.input(answers.on_count, [*asked, count], [state, *view], trigger_mode="always_last", **quiet)
+        count.input(answers.on_count, [*asked, count], [state, *view], **quiet)
         board.select(answers.on_click, asked, [state, *view], **quiet)
         reset.click(answers.on_reset, asked, [count, state, *view], **quiet)
     return app
