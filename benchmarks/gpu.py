@@ -38,6 +38,7 @@ PEAKS = {
 JOINT: dict[str, dict] = {
     "joint step": {},
     "joint step, half of the batch": {"shapley_fraction": 0.5},
+    "joint step, quarter learns through v(S)": {"value_gradient_fraction": 0.25},
 }
 
 

@@ -102,6 +102,8 @@ RECIPES = {
     "pooled, values 0": Recipe(POOLED | dict(value_gradient=0.0), _pooled()),
     "pooled, values 0.3": Recipe(POOLED | dict(value_gradient=0.3), _pooled()),
     "pooled, half of the batch": Recipe(POOLED | dict(shapley_fraction=0.5), _pooled()),
+    "pooled, values 0.1 of a quarter": Recipe(POOLED | dict(value_gradient_fraction=0.25), _pooled()),
+    "pooled, values 0.1 of an eighth": Recipe(POOLED | dict(value_gradient_fraction=0.125), _pooled()),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
 }
 

@@ -19,6 +19,8 @@ from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
 VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model options)
     "joint": ({}, {}),
     "joint, half of the batch": ({"shapley_fraction": 0.5}, {}),
+    "joint, quarter learns through v(S)": ({"value_gradient_fraction": 0.25}, {}),
+    "joint, eighth learns through v(S)": ({"value_gradient_fraction": 0.125}, {}),
     "joint, every second step": ({"shapley_every": 2}, {}),
     "joint, v(S) detached": ({"value_gradient": 0.0}, {}),
     "joint, influence head": ({}, {"attribution_head": "votes+influence"}),

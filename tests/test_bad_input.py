@@ -69,12 +69,12 @@ HEAD = {
 def model_calls(backbone: str) -> dict[str, Call]:
     model = make_model(backbone, num_labels=3)
     pixels, present = draw(2, 3, 16, 24), draw(2, 4, 24) > 0
-    ids = {"coalition_ids": present.long(), "labels": torch.tensor([0, 2]), "num_coalitions": 2}
+    ids = {"coalition_ids": present.long(), "labels": torch.tensor([0, 2]), "num_coalitions": 2, "num_with_gradient": 1}
     return {
         f"{backbone} forward": Call(
-            model,
+            model.forward,
             {"pixel_values": pixels, **ids},
-            {"pixel_values": "images", "coalition_ids": "ids", "labels": "labels"},
+            {"pixel_values": "images", "coalition_ids": "ids", "labels": "labels", "num_with_gradient": "count"},
         ),
         f"{backbone} explain": Call(
             model.explain, {"pixel_values": pixels, "labels": [0, 2]}, {"pixel_values": "images", "labels": "chosen"}
@@ -338,12 +338,14 @@ CALLS = {
         {
             "output_dir": "nowhere", "use_cpu": True, "report_to": [], "shapley_weight": 1.0, "coalition_weight": 1.0,
             "odd_weight": 1.0, "even_weight": 1.0, "shapley_warmup": 0.5, "value_gradient": 0.5,
-            "shapley_fraction": 0.5, "num_pairs": 1, "shapley_every": 1, "coalition_target": "label",
+            "shapley_fraction": 0.5, "value_gradient_fraction": 0.5, "num_pairs": 1, "shapley_every": 1,
+            "coalition_target": "label",
         },
         {
             **dict.fromkeys(["shapley_weight", "coalition_weight", "odd_weight", "even_weight"], "weight"),
             **dict.fromkeys(["shapley_warmup", "value_gradient"], "share or 0"),
-            "shapley_fraction": "positive share", "num_pairs": "count", "shapley_every": "count",
+            **dict.fromkeys(["shapley_fraction", "value_gradient_fraction"], "positive share"),
+            "num_pairs": "count", "shapley_every": "count",
             "coalition_target": "choice",
         },
     ),

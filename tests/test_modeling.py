@@ -195,6 +195,27 @@ def test_structures_may_be_given_for_the_first_images_only(model, pixel_values):
     assert torch.equal(part.logits, whole.logits)
 
 
+@pytest.mark.parametrize("sums_only", [False, True])
+def test_structures_of_the_last_images_may_be_played_without_gradient(backbone, pixel_values, sums_only):
+    model = make_model(backbone).train()
+    inputs = {"pixel_values": pixel_values, "coalition_ids": coalitions_to_ids(draw()), "sums_only": sums_only}
+    whole, part = model(**inputs), model(**inputs, num_with_gradient=1)
+    played = "coalition_gains" if sums_only else "coalition_votes"
+    torch.testing.assert_close(part[played], whole[played], atol=1e-6, rtol=1e-5)
+    parameters = list(model.parameters())
+
+    def gradients(tensor):
+        return torch.autograd.grad(tensor.sum(), parameters, retain_graph=True, allow_unused=True)
+
+    for found, expected in zip(gradients(part[played]), gradients(whole[played][:1]), strict=True):
+        if expected is None or not expected.any():
+            assert found is None or not found.any()
+        else:
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="at most 3"):
+        model(**inputs, num_with_gradient=4)
+
+
 def test_gradient_checkpointing_leaves_gradients_alone(pixel_values):
     model = make_model("vit").train()
     ids = coalitions_to_ids(draw())

@@ -119,6 +119,36 @@ def test_value_gradient_scales_what_flows_through_the_values(tmp_path):
     torch.testing.assert_close(half[name], (through[name] + detached[name]) / 2)
 
 
+@pytest.mark.parametrize("config", [{}, {"attribution_head": "votes+influence", "vote_readout": "pooled"}])
+@pytest.mark.parametrize("target", ["prediction", "label"])
+def test_a_fraction_that_learns_through_the_values_gives_everyones_gradient_on_average(
+    backbone, target, config, tmp_path
+):
+    model = make_model(backbone, **config).train()
+    trainer = make_trainer(
+        tmp_path, model, value_gradient=0.4, even_weight=0.3, odd_weight=0.7, coalition_target=target
+    )
+    batch, num_players = batch_of(images(4)), 24
+    coalitions = sample_coalitions(4, 2, num_players=num_players, generator=torch.Generator().manual_seed(0))
+
+    def gradients(first: int, count: int) -> dict[str, torch.Tensor]:
+        """Of coalition and Shapley term, when `count` images learn through the values, from image `first` on."""
+        order = torch.arange(4).roll(-first)
+        turned = {name: tensor[order] for name, tensor in batch.items()}
+        ids = coalitions_to_ids(coalitions[order])
+        output = model(**turned, coalition_ids=ids, sums_only=True, num_with_gradient=count)
+        terms = trainer.loss_terms(output, num_players, turned["labels"], count)
+        model.zero_grad()
+        (2 * terms["coalition"] + terms["shapley"]).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    everyone = gradients(0, 4)
+    parts = [gradients(first, 1) for first in range(4)]
+    for name, gradient in everyone.items():
+        mean = torch.stack([part[name] for part in parts]).mean(0)
+        torch.testing.assert_close(mean, gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_the_shapley_term_leaves_detached_votes_alone(tmp_path):
     config = {"attribution_head": "votes+influence", "influence_gradient": 0.0}
     found = gradients(tmp_path, value_gradient=0.0, config=config)
@@ -163,6 +193,18 @@ def test_a_fraction_of_the_batch_takes_the_shapley_branch(tmp_path):
     trainer.model.register_forward_pre_hook(note, with_kwargs=True)
     trainer.train()
     assert shapes == [(2, 3, 24)] * 2
+
+
+def test_a_fraction_of_those_learns_through_the_values(tmp_path):
+    trainer = make_trainer(tmp_path, shapley_fraction=0.5, value_gradient_fraction=0.25)
+    counts = []
+
+    def note(model, args, kwargs):
+        counts.append((len(kwargs["coalition_ids"]), kwargs["num_with_gradient"]))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert counts == [(4, 1)] * 2
 
 
 def test_every_second_step_skips_the_shapley_branch(tmp_path):
@@ -280,6 +322,7 @@ def test_arguments_parse_from_a_command_line_and_survive_json(tmp_path):
         {"value_gradient": 2.0},
         {"num_pairs": 0},
         {"shapley_fraction": 0.0},
+        {"value_gradient_fraction": 0.0},
         {"shapley_every": 0},
         {"attribution_learning_rate": 0.0},
         {"coalition_target": "teacher"},

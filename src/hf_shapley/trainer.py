@@ -54,6 +54,13 @@ class ShapleyTrainingArguments(TrainingArguments):
     shapley_fraction: float = field(
         default=1.0, metadata={"help": "Fraction of each batch that takes the Shapley branch, above 0."}
     )
+    value_gradient_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Fraction of the Shapley branch's images that learn through v(S), with a weight that makes up for "
+            "the others, whose v(S) is evaluated without gradient; above 0."
+        },
+    )
     shapley_every: int = field(default=1, metadata={"help": "Take the Shapley branch on every k-th step only."})
     attribution_learning_rate: float | None = field(
         default=None,
@@ -66,7 +73,8 @@ class ShapleyTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name in ("shapley_warmup", "value_gradient"):
             check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
-        check_number(self.shapley_fraction, "shapley_fraction", "above 0, at most 1", lambda share: 0 < share <= 1)
+        for name in ("shapley_fraction", "value_gradient_fraction"):
+            check_number(getattr(self, name), name, "above 0, at most 1", lambda share: 0 < share <= 1)
         for name in ("shapley_weight", "coalition_weight", "odd_weight", "even_weight"):
             check_number(getattr(self, name), name, "0 or more, finite", lambda weight: 0 <= weight < float("inf"))
         if self.attribution_learning_rate is not None:
@@ -143,8 +151,10 @@ class ShapleyTrainer(Trainer):
             loss = terms["classification"] + 0.0 * outputs.attributions.sum()
         else:
             coalitions = self._draw_coalitions(model, inputs, micro_step)  # (B', R, N)
-            outputs = model(**inputs, coalition_ids=coalitions_to_ids(coalitions), num_coalitions=2, sums_only=True)
-            terms = self.loss_terms(outputs, coalitions.shape[-1], inputs["labels"])
+            learning = _share(self.args.value_gradient_fraction, len(coalitions))
+            structures = {"coalition_ids": coalitions_to_ids(coalitions), "num_coalitions": 2}
+            outputs = model(**inputs, **structures, sums_only=True, num_with_gradient=learning)
+            terms = self.loss_terms(outputs, coalitions.shape[-1], inputs["labels"], learning)
             weights = {"classification": 1.0, "coalition": self.args.coalition_weight, "shapley": self.shapley_weight}
             loss = sum(weights[name] * term for name, term in terms.items())
         for name, term in terms.items():
@@ -152,29 +162,44 @@ class ShapleyTrainer(Trainer):
             self._term_counts[name] += 1
         return (loss, outputs) if return_outputs else loss
 
-    def loss_terms(self, outputs: ShapleyImageClassifierOutput, num_players: int, labels: Tensor) -> dict[str, Tensor]:
-        """The joint loss's unweighted terms, from the sums over pairs of coalitions (B', R, 2, K) of a forward."""
+    def loss_terms(
+        self,
+        outputs: ShapleyImageClassifierOutput,
+        num_players: int,
+        labels: Tensor,
+        num_with_gradient: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The joint loss's unweighted terms, from the sums over pairs of coalitions (B', R, 2, K) of a forward.
+
+        Of the B' images only the first `num_with_gradient` learn through v(S): masked predictions and the even part,
+        which does not depend on how attributions are split, are theirs alone; in the odd part their gradient through
+        v(S) stands for everyone's.
+        """
         gains = outputs.coalition_gains
-        values = outputs.base_values + gains
+        learning = len(gains) if num_with_gradient is None else num_with_gradient
+        values = outputs.base_values + gains[:learning]
         problem = self.model.config.problem_type
         multi_label = problem == "multi_label_classification"
         if problem == "regression":
             targets = labels if self.args.coalition_target == "label" else outputs.logits
-            coalition = coalition_regression_loss(values, targets[: len(values)])
+            coalition = coalition_regression_loss(values, targets[:learning])
         elif self.args.coalition_target == "label":
-            coalition = coalition_label_loss(values, labels[: len(values)], multi_label=multi_label)
+            coalition = coalition_label_loss(values, labels[:learning], multi_label=multi_label)
         else:
-            coalition = coalition_loss(values, outputs.logits[: len(values)], multi_label=multi_label)
-        shapley = paired_residual_loss(
-            scale_gradient(gains, self.args.value_gradient) - outputs.coalition_attributions,
-            num_players,
-            odd_weight=self.args.odd_weight,
-            even_weight=self.args.even_weight,
-        )
+            coalition = coalition_loss(values, outputs.logits[:learning], multi_label=multi_label)
+
+        def residuals(images: int, value_gradient: float) -> Tensor:
+            return scale_gradient(gains[:images], value_gradient) - outputs.coalition_attributions[:images]
+
+        through_values = self.args.value_gradient
+        everyone = residuals(len(gains), through_values * len(gains) / learning)
+        odd = paired_residual_loss(everyone, num_players, odd_weight=self.args.odd_weight, even_weight=0.0)
+        learners = residuals(learning, through_values)
+        even = paired_residual_loss(learners, num_players, odd_weight=0.0, even_weight=self.args.even_weight)
         return {
             "classification": self._classification_loss(outputs, labels),
             "coalition": coalition,
-            "shapley": shapley,
+            "shapley": odd + even,
         }
 
     @property
@@ -360,5 +385,9 @@ class ShapleyTrainer(Trainer):
             num_players=height * width,
             generator=generator,
         )
-        taken = max(1, round(self.args.shapley_fraction * len(pixel_values)))
-        return draw[place * rows : place * rows + taken]
+        return draw[place * rows : place * rows + _share(self.args.shapley_fraction, len(pixel_values))]
+
+
+def _share(fraction: float, count: int) -> int:
+    """The nearest whole number to a fraction of `count`, at least 1."""
+    return max(1, round(fraction * count))
