@@ -104,6 +104,9 @@ RECIPES = {
     "pooled, half of the batch": Recipe(POOLED | dict(shapley_fraction=0.5), _pooled()),
     "pooled, values 0.1 of a quarter": Recipe(POOLED | dict(value_gradient_fraction=0.25), _pooled()),
     "pooled, values 0.1 of an eighth": Recipe(POOLED | dict(value_gradient_fraction=0.125), _pooled()),
+    "pooled, four pairs, values 0.1 of an eighth": Recipe(
+        POOLED | dict(num_pairs=4, value_gradient_fraction=0.125, attribution_learning_rate=8e-3), _pooled()
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
 }
 

@@ -281,8 +281,14 @@ class Handler(BaseHTTPRequestHandler):
             for line in body.splitlines():
                 entry = json.loads(line)
                 self.apply(entry["key"], entry["value"], files)
+            request = {}
+            if "create_pr=1" in urlsplit(self.path).query:
+                number = 1 + sum(ref.startswith("refs/pr/") for ref in repository.branches)
+                branch = f"refs/pr/{number}"
+                request = {"pullRequestUrl": f"{self.hub.address}/{name}/discussions/{number}"}
             commit = repository.commit(branch, files)
-        return {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.address}/{name}/commit/{commit}"}
+        url = f"{self.hub.address}/{name}/commit/{commit}"
+        return {"success": True, "commitOid": commit, "commitUrl": url, **request}
 
     def apply(self, key: str, value: dict, files: dict[str, File]) -> None:
         """Carry out one line of a commit; its header changes nothing."""

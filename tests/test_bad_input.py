@@ -69,7 +69,12 @@ HEAD = {
 def model_calls(backbone: str) -> dict[str, Call]:
     model = make_model(backbone, num_labels=3)
     pixels, present = draw(2, 3, 16, 24), draw(2, 4, 24) > 0
-    ids = {"coalition_ids": present.long(), "labels": torch.tensor([0, 2]), "num_coalitions": 2, "num_with_gradient": 1}
+    ids = {
+        "coalition_ids": present.long(),
+        "labels": torch.tensor([0, 2]),
+        "num_coalitions": 2,
+        "num_with_gradient": 1,
+    }
     return {
         f"{backbone} forward": Call(
             model.forward,

@@ -1,5 +1,6 @@
 """Models travel over the Hub and back: real clients, real HTTP, every client in a process with a cache of its own."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -157,15 +158,28 @@ def test_a_pushed_model_has_a_card(pushed, hub):
     assert "tester/vit" in card.text
 
 
-@pytest.mark.parametrize("name, revision", [("convnext", "main"), ("piped", "second")])
+@pytest.mark.parametrize(
+    "name, revision", [("convnext", "main"), ("piped", "second"), ("saved", "main"), ("requested", "refs/pr/1")]
+)
 def test_models_and_pipelines_publish_the_same_card_by_themselves(pushed, hub, name, revision):
     card = ModelCard(hub.files(name, revision)["README.md"].content.decode())
     assert GENERATED in card.text
     assert "cat, dog" in card.text
     assert card.data.pipeline_tag == "image-classification"
-    assert ("toy" in card.data.tags) == (name == "piped")
+    assert ("toy" in card.data.tags) == (name in ("piped", "saved"))
     assert ("preprocessor_config.json" in hub.files(name, revision)) == (name == "piped")
     assert len(hub.repositories[f"tester/{name}"].commits) == 2  # the empty one, and ours
+
+
+def test_a_pull_request_leaves_the_main_branch_alone(pushed, hub):
+    assert hub.files("requested") == {}
+    assert hub.files("requested", "refs/pr/1")["model.safetensors"] == hub.files("vit")["model.safetensors"]
+
+
+def test_a_model_saved_and_published_at_once_lies_in_both_places(pushed, hub, folder):
+    content = (folder / "published" / "model.safetensors").read_bytes()
+    assert hub.files("saved")["model.safetensors"].sha256 == hashlib.sha256(content).hexdigest()
+    assert not (folder / "published" / "README.md").exists()
 
 
 def test_a_model_keeps_a_card_that_somebody_wrote_on_the_hub(pushed, hub):

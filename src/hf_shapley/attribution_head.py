@@ -5,6 +5,7 @@ v(S) = base + sum_{n in S} Phi_n(x_S); the logits are v(all), and the attributio
 construction.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,15 +225,28 @@ class ShapleyImageClassifierMixin:
         _check_backbone(info, cls.base_model_prefix, name)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save weights, configuration and code, the pipeline's included, so that the Hub can serve all of them."""
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """Save weights, configuration and code, the pipeline's included, so that the Hub can serve all of them.
+
+        Args:
+            save_directory: folder, created if it does not exist.
+            *args: passed on.
+            push_to_hub: publish the model too, as `model.push_to_hub(repo_id)` does; `repo_id` defaults to the
+                folder's name.
+            **kwargs: passed on; with `push_to_hub` those of that method as well.
+        """
         # Imported here, where transformers finds it too, so that the pipeline's file is copied with the model's.
         from .pipeline_shapley import custom_pipelines
 
         self.config.custom_pipelines = custom_pipelines()
+        names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+        publishing = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
         # The original format renames ViT's weights, and Trainer, which resumes by the model's own names, would then
         # go on from random ones.
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+        if push_to_hub:
+            repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **publishing)
 
     def _empty(self) -> tuple[Tensor | None, Tensor]:
         """What the classifier reads of the empty coalition (D) with `vote_readout="pooled"`, and v(empty) (K)."""
