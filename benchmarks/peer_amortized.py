@@ -223,10 +223,11 @@ def joint(study: Study) -> dict:
         phi = model(study.pixels[: options.images].to(model.device)).attributions
         return study.quality(model.coalition_values, phi) | {"accuracy": study.accuracy(model)}
 
-    # Two plain steps: the full image, and a pair of coalitions in one pass over its tokens.
-    meter = Meter(options.joint_at, measure, study.plain_seconds, 2 * 3)
     steps = max(options.joint_at)
     args = arguments(ShapleyTrainingArguments, options, steps, **recipe.training)
+    # A plain step, and pairs of coalitions in one pass over their image's tokens, some with a backward pass.
+    pairs = args.num_pairs * args.shapley_fraction
+    meter = Meter(options.joint_at, measure, study.plain_seconds, 3 + pairs * (1 + 2 * args.value_gradient_fraction))
     study.fit(ShapleyTrainer, model, steps, [meter], args)
     return {"recipe": options.recipe, "curve": meter.points}
 
@@ -236,10 +237,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of CIFAR-10 for datasets.load_dataset")
     parser.add_argument("--start", type=Path, required=True, help="plain ViT checkpoint that both start from")
-    parser.add_argument("--recipe", default="chosen", choices=[name for name in RECIPES if RECIPES[name]])
-    parser.add_argument("--surrogate-steps", type=int, default=780)
-    parser.add_argument("--explainer-at", type=int, nargs="+", default=[25, 50, 100, 200, 400])
-    parser.add_argument("--joint-at", type=int, nargs="+", default=[100, 200, 390, 780, 1560])
+    recipes = [name for name in RECIPES if RECIPES[name]]
+    parser.add_argument("--recipe", default="pooled, values 0.1 of a quarter", choices=recipes)
+    parser.add_argument("--surrogate-steps", type=int, default=390)
+    parser.add_argument("--explainer-at", type=int, nargs="+", default=[50, 100, 200])
+    parser.add_argument("--joint-at", type=int, nargs="+", default=[50, 100, 200, 390])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
