@@ -63,10 +63,15 @@ SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextF
 
 @dataclass
 class Recipe:
-    """Arguments of the trainer and options of the configuration; everything else is shared."""
+    """Arguments of the trainer and options of the configuration; everything else is shared.
+
+    After the shared epochs the attribution head may learn on alone for `head_epochs`: everything else is frozen, the
+    classifier and its accuracy stay as they are, and a step costs little, because nothing but the head has a gradient.
+    """
 
     training: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    head_epochs: float = 0.0
 
 
 def _influence(**options) -> dict:
@@ -79,6 +84,8 @@ def _pooled() -> dict:
 
 BASE = dict(coalition_weight=0.3, shapley_weight=1.0, shapley_warmup=0.5)
 POOLED = BASE | dict(shapley_warmup=0.3, even_weight=0.1, value_gradient=0.1, attribution_learning_rate=4e-3)
+FOUR_PAIRS = POOLED | dict(num_pairs=4, value_gradient_fraction=0.125, attribution_learning_rate=8e-3)
+HEAD_ALONE = dict(coalition_weight=0.0, shapley_warmup=0.0, value_gradient=0.0)
 RECIPES = {
     "plain": None,
     "votes": Recipe(BASE),
@@ -104,9 +111,8 @@ RECIPES = {
     "pooled, half of the batch": Recipe(POOLED | dict(shapley_fraction=0.5), _pooled()),
     "pooled, values 0.1 of a quarter": Recipe(POOLED | dict(value_gradient_fraction=0.25), _pooled()),
     "pooled, values 0.1 of an eighth": Recipe(POOLED | dict(value_gradient_fraction=0.125), _pooled()),
-    "pooled, four pairs, values 0.1 of an eighth": Recipe(
-        POOLED | dict(num_pairs=4, value_gradient_fraction=0.125, attribution_learning_rate=8e-3), _pooled()
-    ),
+    "pooled, four pairs, values 0.1 of an eighth": Recipe(FOUR_PAIRS, _pooled()),
+    "pooled, four pairs, then the head alone": Recipe(FOUR_PAIRS, _pooled(), head_epochs=3),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
 }
 
@@ -265,6 +271,15 @@ def run(name: str, options, train_images: Images, test_images: Images) -> None:
         else SHAPLEY[options.backbone].from_pretrained(start, **ATTENTION, **recipe.config)
     )
     model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate)
+    if recipe is not None and recipe.head_epochs:
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_("attribution_head." in parameter_name)
+        alone = Recipe(recipe.training | HEAD_ALONE)
+        rate = options.learning_rate
+        model, more = train(
+            model.train(), train_images, work / slug / "head", options, alone, recipe.head_epochs, rate
+        )
+        seconds += more
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
     for part in (model, processor):
         part.save_pretrained(work / slug / "model")
@@ -272,7 +287,7 @@ def run(name: str, options, train_images: Images, test_images: Images) -> None:
     settings = {
         key: value for key, value in vars(options).items() if key not in ("data", "output", "results", "recipes")
     }
-    details = {} if recipe is None else {"training": recipe.training, "config": recipe.config}
+    details = {} if recipe is None else vars(recipe)
     write_result(result, {"recipe": name, **details, **measured, "training_seconds": seconds, "settings": settings})
     print(json.dumps({"recipe": name, **{k: v for k, v in measured.items() if k != "certificate"}}), flush=True)
 

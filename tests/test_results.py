@@ -119,10 +119,14 @@ def test_the_recipe_table_is_that_of_its_result_files():
     assert table == recipe_rows() and table
 
 
-def test_the_comparison_on_cifar10_is_that_of_its_result_file():
-    found = json.loads((RESULTS / "faithfulness_cifar10.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("cifar10", "### From scratch on few images"), ("cifar10_fine_tuned", "### A plain ViT, fine-tuned")],
+)
+def test_the_comparison_on_cifar10_is_that_of_its_result_file(name, title):
+    found = json.loads((RESULTS / f"faithfulness_{name}.json").read_text())
     page = (ROOT / "docs" / "faithfulness.md").read_text(encoding="utf-8")
-    section = page[page.index("## Against other methods") :]
+    section = page[page.index(title) :].partition("\n### ")[0]
     rows = re.findall(r"^\| (.+?) \| (\d+) \| (\S+) \| (.+) \|$", section, flags=re.MULTILINE)
     assert len(rows) == 12
     for name, evaluations, milliseconds, numbers in rows:
@@ -133,7 +137,10 @@ def test_the_comparison_on_cifar10_is_that_of_its_result_file():
         assert numbers.split(" | ") == [f"{method[column]:.3f}" for column in columns]
     assert f"about {found['equivalent_evaluations_of_kernel_shap']:.0f} evaluations" in section
     assert f"{found['noise_of_ground_truth']:.1e} of the variance" in section
-    assert f"{found['images']} test images" in section
+    assert f"{found['images']} test images" in page
+    gain = found["insertion_minus_deletion_gain_over_it"]
+    best = found["best_gradient_or_attention_method"]
+    assert f"{100 * gain:.0f} % more than {best}" in " ".join(section.split())
 
 
 def test_the_comparison_with_two_stages_is_that_of_its_result_file():
@@ -147,9 +154,11 @@ def test_the_comparison_with_two_stages_is_that_of_its_result_file():
             error = f"{point['error_ratio']:.3f} [{low:.3f}, {high:.3f}]"
             rows.append(f"| {name} | {point['step']} | {costs} | {error} | {point['correlation']:.3f} |")
     assert "\n".join(rows) in page
-    last = found["peer"]["curve"][-1]["error_ratio"]
-    before, after = (point["error_ratio"] for point in found["joint"]["curve"] if point["step"] in (50, 100))
-    assert after < last < before
+    last = found["peer"]["curve"][-1]
+    before, after = (point for point in found["joint"]["curve"] if point["step"] in (50, 100))
+    assert after["error_ratio"] < last["error_ratio"] < before["error_ratio"]
+    for cost, text in (("cost", "times less by processor time"), ("counted_cost", "times less counted")):
+        assert f"{last[cost] / after[cost]:.0f} {text}" in " ".join(page.split())
     curve, peer = found["joint"]["curve"], found["peer"]
     for accuracy in (
         min(point["accuracy"] for point in curve),
@@ -173,7 +182,7 @@ def cifar10_numbers(setting: str, recipe: str) -> tuple[list[str], list[float]]:
 def test_the_sentence_on_cifar10_is_that_of_its_result_files():
     sentence = " ".join(README[README.index("On CIFAR-10") : README.index("[Choosing a recipe]")].split())
     from_scratch, differences = cifar10_numbers("vit_5000_images_from_scratch", "influence-votes_1-values_1")
-    fine_tuned, _ = cifar10_numbers("vit_fine_tuned", "pooled-values_0.1")
+    fine_tuned, _ = cifar10_numbers("vit_fine_tuned_8_epochs", "pooled-four_pairs-then_the_head_alone")
     assert re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence) == from_scratch + fine_tuned
     assert f"difference {mean(differences):.2f} points, standard deviation {stdev(differences):.2f}" in sentence
     assert f"means of {len(differences)} seeds" in sentence

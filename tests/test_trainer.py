@@ -177,6 +177,18 @@ def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):
     }
 
 
+def test_the_head_may_learn_on_alone(backbone, tmp_path):
+    model = make_model(backbone, attribution_head="votes+influence", vote_readout="pooled")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("attribution_head." in name)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"coalition_weight": 0.0, "value_gradient": 0.0, "attribution_learning_rate": 1e-2}
+    make_trainer(tmp_path, model, num_pairs=2, **options).train()
+    learned = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert "attribution_head.influence.weight" in learned
+    assert all(name.startswith("attribution_head.") for name in learned)
+
+
 def test_the_weight_warms_up_over_its_fraction_of_the_steps(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=4, shapley_weight=2.0, shapley_warmup=0.5)
     trainer.train()
