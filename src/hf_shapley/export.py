@@ -55,7 +55,7 @@ def export_program(model: Any, *, image_size: int | Sequence[int] | None = None)
 def export_onnx(model: Any, path: str | os.PathLike, *, image_size: int | Sequence[int] | None = None) -> Path:
     """Write the model as an ONNX file: input `pixel_values`, outputs `logits` and `attributions`, any batch size.
 
-    Shapes as in [`export_program`]. The file's metadata hold, as JSON, `labels` (names in order), `base_values` (one
+    Shapes as in `export_program`. The file's metadata hold, as JSON, `labels` (names in order), `base_values` (one
     per label), `grid` ([h, w]) and `image_size` ([height, width]). The file appears under its name when it is whole;
     weights beyond 2 GB lie in `<path>.data`.
 
