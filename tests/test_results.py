@@ -44,7 +44,7 @@ def test_the_comparison_with_other_methods_is_that_of_its_result_file():
 
 def test_the_cost_of_a_step_is_that_of_its_result_file():
     found = json.loads((RESULTS / "training_cost.json").read_text())["models"]
-    for variant in ("joint", "joint, half of the batch"):
+    for variant in ("joint", "joint, quarter learns through v(S)"):
         vit, convnext = (found[name][variant]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny"))
         assert re.search(rf"{vit:.2f} (plain steps for ViT-Ti/16 )?and {convnext:.2f}", README)
 

@@ -309,10 +309,7 @@ class ShapleyImageClassifierMixin:
         if coalition_ids is None:
             (tokens, voting), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
-            if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions")):
-                raise ValueError(
-                    "Hidden states and attentions are recorded for the ordinary forward only: drop `coalition_ids`."
-                )
+            _check_nothing_is_recorded(kwargs)
             num_coalitions = _check_coalition_ids(coalition_ids, num_coalitions, len(pixel_values), grid)
             num_with_gradient = _check_num_with_gradient(num_with_gradient, len(coalition_ids))
             check_device(coalition_ids, "coalition_ids", pixel_values.device)
@@ -330,9 +327,8 @@ class ShapleyImageClassifierMixin:
             gains, fields = self._sums(tokens, voters, structured, members, grid)
         else:
             gains, fields = self._votes(tokens, voters, structured, grid)
-        for name in ("coalition_gains", "coalition_votes"):
-            if name in fields:
-                fields[name] = _detached_beyond(fields[name], num_with_gradient)
+        for name in {"coalition_gains", "coalition_votes"} & fields.keys():
+            fields[name] = _detached_beyond(fields[name], num_with_gradient)
         logits = base_values + gains  # (B, K)
         return ShapleyImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
@@ -573,6 +569,14 @@ def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, batch: int, gr
     if lowest < 0 or highest >= num_players:
         raise ValueError(f"`coalition_ids` must lie in [0, {num_players}), got {lowest} to {highest}.")
     return highest + 1
+
+
+def _check_nothing_is_recorded(options: dict[str, Any]) -> None:
+    """Refuse to record what a forward under coalition structures does not record."""
+    if any(options.get(name) for name in ("output_hidden_states", "output_attentions")):
+        raise ValueError(
+            "Hidden states and attentions are recorded for the ordinary forward only: drop `coalition_ids`."
+        )
 
 
 def _check_num_with_gradient(count: int | None, images: int) -> int:
