@@ -12,6 +12,13 @@ from collections.abc import Callable
 import torch
 from common import RESULTS, build, compare, interleave, peak_memory, print_table, write_result
 
+POOLED = {"attribution_head": "votes+influence", "vote_readout": "pooled", "influence_own_layers": 1}
+HEADS: dict[str, dict] = {
+    "votes": {"attribution_head": "votes"},
+    "votes+influence": {"attribution_head": "votes+influence"},
+    "pooled, own layer and two blocks": POOLED,
+    "pooled, own layer alone": POOLED | {"influence_layers": 0},
+}
 GOAL = {"time": 1.02, "memory": 1.1}
 
 
@@ -30,9 +37,9 @@ def measure(shape: str, batch_size: int, repeats: int, num_labels: int) -> dict:
     pixel_values = torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     plain = build(shape, plain=True, num_labels=num_labels).eval()
     steps = {"plain": forward(plain, pixel_values)}
-    for head in ("votes", "votes+influence"):
-        model = build(shape, num_labels=num_labels, attribution_head=head).eval()
-        steps[f"explained, {head}"] = forward(model, pixel_values)
+    for name, options in HEADS.items():
+        model = build(shape, num_labels=num_labels, **options).eval()
+        steps[f"explained, {name}"] = forward(model, pixel_values)
     table = compare(interleave(steps, repeats=repeats), "plain")
     weights = sum(parameter.nbytes for parameter in plain.parameters())
     peaks = {name: weights + peak_memory(step) for name, step in steps.items()}

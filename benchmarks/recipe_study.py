@@ -78,13 +78,14 @@ def _influence(**options) -> dict:
     return {"attribution_head": "votes+influence", "influence_block": "backbone", **options}
 
 
-def _pooled() -> dict:
-    return _influence(influence_block="mlp", vote_readout="pooled", influence_gradient=0.1)
+def _pooled(**options) -> dict:
+    return _influence(influence_block="mlp", vote_readout="pooled", influence_gradient=0.1, **options)
 
 
 BASE = dict(coalition_weight=0.3, shapley_weight=1.0, shapley_warmup=0.5)
 POOLED = BASE | dict(shapley_warmup=0.3, even_weight=0.1, value_gradient=0.1, attribution_learning_rate=4e-3)
 FOUR_PAIRS = POOLED | dict(num_pairs=4, value_gradient_fraction=0.125, attribution_learning_rate=8e-3)
+OWN_LAYER = FOUR_PAIRS | dict(attribution_learning_rate=4e-3)
 HEAD_ALONE = dict(coalition_weight=0.0, shapley_warmup=0.0, value_gradient=0.0)
 RECIPES = {
     "plain": None,
@@ -113,6 +114,9 @@ RECIPES = {
     "pooled, values 0.1 of an eighth": Recipe(POOLED | dict(value_gradient_fraction=0.125), _pooled()),
     "pooled, four pairs, values 0.1 of an eighth": Recipe(FOUR_PAIRS, _pooled()),
     "pooled, four pairs, then the head alone": Recipe(FOUR_PAIRS, _pooled(), head_epochs=3),
+    "pooled, own layer, four pairs, then the head alone": Recipe(
+        OWN_LAYER, _pooled(influence_own_layers=1), head_epochs=4
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
 }
 

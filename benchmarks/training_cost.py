@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
 
+OWN_LAYER = {"attribution_head": "votes+influence", "vote_readout": "pooled", "influence_own_layers": 1}
 VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model options)
     "joint": ({}, {}),
     "joint, half of the batch": ({"shapley_fraction": 0.5}, {}),
@@ -24,6 +25,9 @@ VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model
     "joint, every second step": ({"shapley_every": 2}, {}),
     "joint, v(S) detached": ({"value_gradient": 0.0}, {}),
     "joint, influence head": ({}, {"attribution_head": "votes+influence"}),
+    "joint, pooled, own layer": ({}, OWN_LAYER),
+    "joint, pooled, own layer, quarter learns through v(S)": ({"value_gradient_fraction": 0.25}, OWN_LAYER),
+    "joint, pooled, own layer, eighth learns through v(S)": ({"value_gradient_fraction": 0.125}, OWN_LAYER),
 }
 GOALS = {"vit": 2.05, "convnext": 2.2}
 

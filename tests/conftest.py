@@ -58,10 +58,14 @@ def attribution_head(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["votes", "votes+influence", "pooled votes+influence"])
+@pytest.fixture(params=["votes", "votes+influence", "pooled votes+influence", "pooled, own layer votes+influence"])
 def model(backbone, request):
-    readout = "pooled" if "pooled" in request.param else "patches"
-    return make_model(backbone, attribution_head=request.param.split()[-1], vote_readout=readout)
+    return make_model(
+        backbone,
+        attribution_head=request.param.split()[-1],
+        vote_readout="pooled" if "pooled" in request.param else "patches",
+        influence_own_layers=int("own" in request.param),
+    )
 
 
 @pytest.fixture

@@ -72,14 +72,16 @@ def test_a_folder_of_pictures_trains_a_plain_checkpoint_and_goes_on_where_it_sto
     plain.save_pretrained(tmp_path / "plain")
     training_job.load_model(training_job.ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
     arguments = [*SMALL_TRAINING, "--model", str(tmp_path / "plain"), "--dataset", str(tmp_path / "pictures")]
-    arguments += ["--attribution_head", "votes+influence", "--horizontal_flip", "--random_crop", "0.5"]
+    arguments += ["--attribution_head", "votes+influence", "--vote_readout", "pooled", "--influence_own_layers", "1"]
+    arguments += ["--influence_gradient", "0.1", "--horizontal_flip", "--random_crop", "0.5"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--save_steps", "1", "--held_out", "0.25"]
     arguments += ["--per_device_train_batch_size", "9"]
     training_job.main(arguments)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "shapley-vit"
     assert model.config.label2id == {"cat": 0, "dog": 1}
-    assert model.config.attribution_head == "votes+influence"
+    assert (model.config.attribution_head, model.config.vote_readout) == ("votes+influence", "pooled")
+    assert (model.config.influence_own_layers, model.config.influence_gradient) == (1, 0.1)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 2  # 18 pictures of 24, 9 at a time
     training_job.main([*arguments, "--num_train_epochs", "2", "--resume_from_checkpoint", "last"])

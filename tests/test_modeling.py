@@ -95,15 +95,18 @@ def test_the_influence_term_changes_attributions_but_not_logits(backbone, pixel_
 # The structured forward
 
 
-def test_the_ordinary_forward_is_the_stock_backbone_bit_for_bit(model, pixel_values):
+def test_the_ordinary_forward_is_the_stock_backbones(model, pixel_values):
+    # One vote for all patches, or a last layer that is run for CLS alone, rounds differently.
+    tolerance = 1e-6 if model.attribution_head.pooled else 0
     votes = stock_voters(model, pixel_values)
     for block in model.attribution_head.vote_blocks:
         votes = block(votes)
     votes = nn.functional.linear(votes, model.classifier.weight) / PLAYERS
-    assert torch.equal(model(pixel_values).logits, model.base_values + votes.sum(1))
+    expected = model.base_values + votes.sum(1)
+    torch.testing.assert_close(model(pixel_values).logits, expected, atol=tolerance, rtol=tolerance)
 
 
-def test_one_id_everywhere_is_the_ordinary_forward_bit_for_bit(model, pixel_values):
+def test_one_id_everywhere_is_the_ordinary_forward(model, pixel_values):
     output = model(pixel_values, coalition_ids=torch.zeros(3, 1, PLAYERS, dtype=torch.long))
     votes = nn.functional.linear(stock_voters(model, pixel_values), model.classifier.weight) / PLAYERS
     # A mean over all cells, and one over the members, which are all, round differently.
@@ -308,6 +311,63 @@ def test_hidden_states_and_attentions_are_given_on_request(pixel_values):
     assert len(make_model("convnext")(pixel_values, output_hidden_states=True).hidden_states) == 3
 
 
+def test_recording_changes_nothing(model, pixel_values):
+    expected = model(pixel_values)
+    assert expected.hidden_states is None
+    for wanted in (True, [-1]):
+        output = model(pixel_values, output_hidden_states=wanted)
+        assert output.hidden_states[-1] is not None
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.attributions, expected.attributions, atol=1e-5, rtol=1e-5)
+    model.config.output_hidden_states = True
+    assert len(model(pixel_values).hidden_states) == 3
+
+
+# The influence head's own layers
+
+
+@pytest.mark.parametrize("readout", ["patches", "pooled"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_own_layers_start_as_the_backbones_last_ones(backbone, readout, count, pixel_values, tmp_path):
+    model = make_model(backbone, attribution_head="votes+influence", vote_readout=readout)
+    model.save_pretrained(tmp_path / "shared")
+    own = SHAPLEY[backbone].from_pretrained(tmp_path / "shared", influence_own_layers=count).eval()
+    assert len(own.attribution_head.own_blocks) == count
+    for name in ("logits", "attributions"):
+        expected, found = getattr(model(pixel_values), name), getattr(own(pixel_values), name)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_own_layers_that_have_learned_are_loaded_as_they_are(backbone, pixel_values, tmp_path):
+    options = {"attribution_head": "votes+influence", "influence_own_layers": 1, "influence_layers": 0}
+    model = make_model(backbone, **options)  # weights of their own, unlike the backbone's
+    model.save_pretrained(tmp_path)
+    loaded = SHAPLEY[backbone].from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(pixel_values).attributions, model(pixel_values).attributions)
+
+
+def test_own_layers_leave_the_backbones_to_the_classifier(backbone, pixel_values):
+    options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
+    for own in (0, 1):
+        model = make_model(backbone, influence_own_layers=own, **options)
+        model(pixel_values).attributions.square().sum().backward()  # the votes' own gradient does not flow
+        layers, norm = model._last_layers(1)
+        reached = [parameter.grad is not None for parameter in [*layers.parameters(), *norm.parameters()]]
+        assert any(reached) == (own == 0)
+        if own:
+            assert all(parameter.grad.any() for parameter in model.attribution_head.own_norm.parameters())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention):
+    model = make_model("vit", attn_implementation=attention)
+    tokens, layer = torch.randn(2, 7, 32), model.vit.layers[0]
+    ids = torch.tensor([[0, 1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0, 0]])
+    for mask in (None, model._coalition_mask(tokens, ids)):
+        expected = layer(tokens, mask)[:, :2]
+        torch.testing.assert_close(layer(tokens, mask, 2), expected, atol=1e-5, rtol=1e-5)
+
+
 # Loading and saving
 
 
@@ -502,6 +562,8 @@ def test_attention_that_cannot_hide_players_is_refused(pixel_values):
         {"vote_readout": "mean"},
         {"vote_readout": "pooled"},
         {"influence_layers": 0},
+        {"influence_own_layers": -1},
+        {"influence_own_layers": 13},
         {"vote_layers": -1},
         {"vote_gradient": 1.5},
         {"influence_gradient": -0.1},

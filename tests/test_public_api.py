@@ -27,7 +27,7 @@ INTERNAL = {
     "interoperability": {"ImageGame"},
     "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
     "modeling_shapley_convnext": {"DepthwiseConv2d", "InfluenceConvNextLayer", "ShapleyConvNextLayer"},
-    "modeling_shapley_vit": {"InfluenceViTLayer"},
+    "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer"},
     "pipeline_shapley": {"custom_pipelines"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}

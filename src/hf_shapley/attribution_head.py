@@ -86,7 +86,8 @@ class AttributionHead(nn.Module):
     Args:
         config: a Shapley configuration.
         hidden_size: D, width of the tokens.
-        make_block: builds one backbone layer that takes (tokens, grid); for `influence_block="backbone"`.
+        make_block: builds one backbone layer that takes (tokens, grid); for `influence_block="backbone"` and the
+            layers of the influence head's own.
     """
 
     def __init__(self, config: PreTrainedConfig, hidden_size: int, make_block: Callable[[], nn.Module]):
@@ -101,7 +102,12 @@ class AttributionHead(nn.Module):
             ResidualMLP(hidden_size, config.hidden_act) for _ in range(config.vote_layers)
         )
         self.influence = None
+        self.own_layers = 0
         if config.attribution_head == "votes+influence":
+            self.own_layers = config.influence_own_layers
+            if self.own_layers:
+                self.own_blocks = nn.ModuleList(make_block() for _ in range(self.own_layers))
+                self.own_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
             mlp = config.influence_block == "mlp"
             self.influence_blocks = nn.ModuleList(
                 ResidualMLP(hidden_size, config.hidden_act) if mlp else make_block()
@@ -148,8 +154,21 @@ class AttributionHead(nn.Module):
         tokens = tokens - tokens.mean(dim=-2, keepdim=True)
         return vote_sums + sums_of_linear(tokens, coalitions, self.influence.weight) / tokens.shape[-2]
 
-    def _influence_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def copy_layers(self, layers: Sequence[nn.Module], norm: nn.Module) -> None:
+        """Start the influence head's own layers and norm as copies of the backbone's last ones."""
+        for own, other in zip([*self.own_blocks, self.own_norm], [*layers, norm], strict=True):
+            own.load_state_dict(other.state_dict())
+
+    def own_tokens(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The tokens that the influence head's own layers make of the backbone's, (B, T, D) -> (B, T, D)."""
         tokens = scale_gradient(tokens, self.influence_gradient)
+        for block in self.own_blocks:
+            tokens = block(tokens, grid)
+        return self.own_norm(tokens)
+
+    def _influence_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        if not self.own_layers:
+            tokens = scale_gradient(tokens, self.influence_gradient)
         for block in self.influence_blocks:
             tokens = block(tokens, grid)
         return self.influence_norm(tokens)
@@ -176,13 +195,14 @@ def sums_of_linear(tokens: Tensor, coalitions: Tensor, weight: Tensor) -> Tensor
 
 
 class ShapleyImageClassifierMixin:
-    """Forward, explanation and game of a Shapley image classifier, over three hooks that each backbone provides.
+    """Forward, explanation and game of a Shapley image classifier, over hooks that each backbone provides.
 
     `_embed(pixel_values, interpolate_pos_encoding)` gives the patch embeddings, `_tokens(embeddings)` the patch tokens
-    (B, N, D) of the full image and those that vote, and `_structured_tokens(embeddings, coalition_ids, members)` those
-    that vote where players see only their own coalition. Voting tokens are the patches' own, (B', R, N, D), or with
-    `vote_readout="pooled"` one for each of G coalitions, (B', R, G, D); then `_empty_token()` gives the one of the
-    empty coalition, (D).
+    (B, N, D) of the full image that the influence head's blocks read and those that vote, `_recorded_tokens` both and
+    what the stock backbone records, and `_structured_tokens(embeddings, coalition_ids, members)` those that vote where
+    players see only their own coalition; `_last_layers(count)` names the layers and the norm that the influence head
+    may have copies of. Voting tokens are the patches' own, (B', R, N, D), or with `vote_readout="pooled"` one for each
+    of G coalitions, (B', R, G, D); then `_empty_token()` gives the one of the empty coalition, (D).
     """
 
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
@@ -223,6 +243,8 @@ class ShapleyImageClassifierMixin:
                 raise
             raise OSError(f"The weights of {name!r} are damaged ({error}): download or save them again.") from error
         _check_backbone(info, cls.base_model_prefix, name)
+        if any(key.startswith("attribution_head.own_") for key in info["missing_keys"]):
+            model.attribution_head.copy_layers(*model._last_layers(model.attribution_head.own_layers))
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
@@ -351,7 +373,10 @@ class ShapleyImageClassifierMixin:
         self, tokens: Tensor, voters: Tensor, structured: Tensor | None, grid: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gain of the full image (B, K), and the output's fields that hold something for each player."""
-        votes = self._votes_of(voters)  # (B, N, K)
+        if self.attribution_head.pooled:  # all patches of the full image vote the same
+            votes = (self._votes_of(voters[:, :1]) / voters.shape[1]).expand(*voters.shape[:2], -1)  # (B, N, K)
+        else:
+            votes = self._votes_of(voters)
         fields = {"attributions": self.attribution_head.attributions(tokens, votes, grid)}
         if structured is not None:
             fields["coalition_votes"] = self._votes_of(structured)

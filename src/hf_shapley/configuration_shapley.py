@@ -39,8 +39,13 @@ class ShapleyConfigMixin:
             reads, ViT's CLS or ConvNeXt's mean over cells, and the present patches share that vote evenly: a plain
             checkpoint keeps its predictions; needs "votes+influence", which tells the patches apart).
         vote_layers: depth of the residual MLP before the classifier; 0 applies the stock classifier to the tokens.
-        influence_layers: blocks of the influence head, at least 1; used with "votes+influence" only.
+        influence_layers: blocks of the influence head, at least 1, or 0 where it has own layers; used with
+            "votes+influence" only.
         influence_block: "mlp" (each token by itself) or "backbone" (ViT or ConvNeXt layers, which mix tokens).
+        influence_own_layers: how many of the backbone's last layers the influence head has its own copies of, ahead of
+            its blocks: it reads the tokens from before those layers, and from a plain checkpoint starts with what they
+            have learned. ConvNeXt: of the last stage's. With ViT's "pooled" readout, where the classifier's last layer
+            then has CLS alone to compute, one own layer costs nothing.
         vote_gradient: share of the gradient of the attributions that reaches the votes while training, 0 to 1;
             None means 1 for "votes" and 0 for "votes+influence". Logits are never affected.
         influence_gradient: share of the gradient of the influence head that reaches the backbone's tokens, 0 to 1.
@@ -51,6 +56,7 @@ class ShapleyConfigMixin:
     vote_layers: int = 0
     influence_layers: int = 2
     influence_block: str = "mlp"
+    influence_own_layers: int = 0
     vote_gradient: float | int | None = None
     influence_gradient: float | int = 1.0
 
@@ -140,8 +146,14 @@ class ShapleyConfigMixin:
             raise ValueError(
                 '`vote_readout="pooled"` gives all patches the same vote: set `attribution_head="votes+influence"`.'
             )
-        check_count(self.influence_layers, "influence_layers")
         check_count(self.vote_layers, "vote_layers", 0)
+        check_count(self.influence_own_layers, "influence_own_layers", 0)
+        check_count(self.influence_layers, "influence_layers", 0 if self.influence_own_layers else 1)
+        if self.influence_own_layers > self._last_layers():
+            raise ValueError(
+                f"`influence_own_layers` must be at most {self._last_layers()}, the layers there are to copy, "
+                f"got {self.influence_own_layers}."
+            )
         for name in ("vote_gradient", "influence_gradient"):
             if name == "influence_gradient" or self.vote_gradient is not None:
                 check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
@@ -173,12 +185,18 @@ class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
     model_type = "shapley-vit"
     plain_model_type = "vit"
 
+    def _last_layers(self) -> int:
+        return self.num_hidden_layers
+
 
 class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
     """Configuration of `ShapleyConvNextForImageClassification`: `ConvNextConfig` plus `ShapleyConfigMixin`."""
 
     model_type = "shapley-convnext"
     plain_model_type = "convnext"
+
+    def _last_layers(self) -> int:
+        return self.depths[-1]
 
 
 ShapleyViTConfig.register_for_auto_class()

@@ -4,6 +4,8 @@ The players are the cells of the last stage's grid. Stem and downsampling do not
 work per position, so the depthwise convolution is the only operation that mixes players.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -99,23 +101,43 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, **kwargs
     ) -> tuple[tuple[Tensor, Tensor], dict]:
         outputs = self.convnext(self._cast(pixel_values), **kwargs)
-        return self._cells_and_voting(outputs.last_hidden_state), {"hidden_states": outputs.hidden_states}
+        features = branch = outputs.last_hidden_state
+        if self.attribution_head.own_layers:  # the stock backbone records stages, not layers
+            branch = self._branch(self._embed(pixel_values, interpolate_pos_encoding))
+        return self._read_and_voting(branch, features), {"hidden_states": outputs.hidden_states}
 
     def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None) -> Tensor:
         """Stem features: (B, 3, H, W) -> (B, C, H', W')."""
         return self.convnext.embeddings(self._cast(pixel_values))
 
     def _tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H', W') -> tokens of the cells (B, N, D), and those that vote."""
-        for stage in self.convnext.encoder.stages:
-            embeddings = stage(embeddings)
-        return self._cells_and_voting(embeddings)
+        """(B, C, H', W') -> tokens of the cells (B, N, D) for the influence head's blocks, and those that vote."""
+        features = branch = self._branch(embeddings)
+        for layer in self._last_layers(self.attribution_head.own_layers)[0]:
+            features = layer(features)
+        return self._read_and_voting(branch, features)
 
-    def _cells_and_voting(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        cells = self._normed(features)
-        if not self.attribution_head.pooled:
-            return cells, cells
-        return cells, self.convnext.layernorm(features.mean([-2, -1])).unsqueeze(1)
+    def _branch(self, features: Tensor) -> Tensor:
+        """Stem features (B, C, H', W') -> (B, D, h, w), from which the influence head goes its own way."""
+        *others, last = self.convnext.encoder.stages
+        for stage in others:
+            features = stage(features)
+        for layer in [*last.downsampling_layer, *last.layers[: len(last.layers) - self.attribution_head.own_layers]]:
+            features = layer(features)
+        return features
+
+    def _last_layers(self, count: int) -> tuple[Sequence[nn.Module], nn.Module]:
+        layers = self.convnext.encoder.stages[-1].layers
+        return layers[len(layers) - count :], self.convnext.layernorm
+
+    def _read_and_voting(self, branch: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens for the influence head's blocks, and those that vote: twice (B, D, h, w) -> (B, N, D)."""
+        head = self.attribution_head
+        cells = None if head.pooled and head.own_layers else self._normed(features)
+        voting = self.convnext.layernorm(features.mean([-2, -1])).unsqueeze(1) if head.pooled else cells
+        if not head.own_layers:
+            return cells, voting
+        return head.own_tokens(branch.flatten(2).transpose(1, 2), tuple(branch.shape[-2:])), voting
 
     def _empty_token(self) -> Tensor:
         """The final layer norm of a mean over no cell, which is 0: (D)."""

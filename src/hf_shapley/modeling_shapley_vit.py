@@ -1,9 +1,12 @@
 """A ViT whose prediction is, exactly, a base value plus the Shapley values of its patches."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, cat, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.vit.modeling_vit import ViTLayer, ViTModel, ViTPreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import ViTLayer, ViTModel, ViTPreTrainedModel, eager_attention_forward
 
 from .attribution_head import AttributionHead, ShapleyImageClassifierMixin, check_grid
 from .configuration_shapley import ShapleyViTConfig
@@ -12,10 +15,44 @@ from .configuration_shapley import ShapleyViTConfig
 MASKING_BACKENDS = ("eager", "sdpa", "flex_attention")
 
 
-class InfluenceViTLayer(ViTLayer):
-    """A ViT layer over the patch tokens, for the influence head."""
+class ShapleyViTLayer(ViTLayer):
+    """A ViT layer that can be run for its first tokens alone, where nothing reads the others any more."""
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask=None, num_queries: int | None = None, **kwargs) -> Tensor:
+        """The stock layer: (B, T, D) -> (B, T, D), or with `num_queries` Q only the first (B, Q, D) of it."""
+        if num_queries is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        if not isinstance(attention_mask, Tensor | None):  # flex attention's block mask has no rows to choose
+            return super().forward(hidden_states, attention_mask, **kwargs)[:, :num_queries]
+        rows = None if attention_mask is None else attention_mask[:, :, :num_queries]
+        attended = self._attend(self.layernorm_before(hidden_states), rows, num_queries)
+        hidden_states = hidden_states[:, :num_queries] + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+    def _attend(self, tokens: Tensor, mask: Tensor | None, num_queries: int) -> Tensor:
+        """The stock attention of the first tokens to all: (B, T, D), mask (B, 1, Q, T) -> (B, Q, D)."""
+        attention = self.attention
+
+        def heads_of(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(
+            attention,
+            heads_of(attention.q_proj(tokens[:, :num_queries])),
+            heads_of(attention.k_proj(tokens)),
+            heads_of(attention.v_proj(tokens)),
+            mask,
+            dropout=attention.attention_dropout if self.training else 0.0,
+            scaling=attention.scaling,
+        )
+        return attention.o_proj(attended.flatten(2))
+
+
+class InfluenceViTLayer(ViTLayer):
+    """A ViT layer over the patch tokens, or all, for the influence head."""
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return super().forward(tokens)
 
 
@@ -27,11 +64,14 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
     """
 
     config_class = ShapleyViTConfig
+    _no_split_modules = ["ViTEmbeddings", "ShapleyViTLayer"]
 
     def __init__(self, config: ShapleyViTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = ViTModel(config, add_pooling_layer=False)
+        for layer in self.vit.layers:
+            layer.__class__ = ShapleyViTLayer  # the same weights, under the same names
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.attribution_head = AttributionHead(config, config.hidden_size, lambda: InfluenceViTLayer(config))
         self.post_init()
@@ -52,9 +92,19 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
     def _recorded_tokens(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, **kwargs
     ) -> tuple[tuple[Tensor, Tensor], dict]:
+        recordings = ("output_hidden_states", "output_attentions")
+        if not kwargs and not any(getattr(self.config, name, False) for name in recordings):
+            return self._tokens(self._embed(pixel_values, interpolate_pos_encoding)), {}
+        wanted = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        own = self.attribution_head.own_layers
+        if own and wanted is not True:  # the influence head reads one of them
+            selected = [] if not wanted else [wanted] if isinstance(wanted, int) else wanted
+            kwargs["output_hidden_states"] = [*selected, -1 - own]
         outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return self._patches_and_voting(outputs.last_hidden_state), recorded
+        cls, patches = _split(outputs.last_hidden_state)
+        read = self._own_patches(outputs.hidden_states[-1 - own]) if own else patches
+        recorded = {"hidden_states": outputs.hidden_states if wanted else None, "attentions": outputs.attentions}
+        return (read, cls if self.attribution_head.pooled else patches), recorded
 
     def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None) -> Tensor:
         """CLS and patch embeddings: (B, C, H, W) -> (B, 1 + N, D)."""
@@ -62,12 +112,22 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         return self.vit.embeddings(pixel_values, interpolate_pos_encoding=bool(interpolate_pos_encoding))
 
     def _tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1 + N, D) -> patch tokens (B, N, D), and those that vote."""
-        return self._patches_and_voting(self._encode(embeddings, None))
+        """(B, 1 + N, D) -> patch tokens (B, N, D) for the influence head's blocks, and those that vote."""
+        own, pooled = self.attribution_head.own_layers, self.attribution_head.pooled
+        if not own:
+            cls, patches = _split(self._encode(embeddings, None))
+            return patches, cls if pooled else patches
+        for layer in self.vit.layers[:-own]:
+            embeddings = layer(embeddings)
+        voting = self._encode(embeddings, None, 1 if pooled else None, own)
+        return self._own_patches(embeddings), voting if pooled else _split(voting)[1]
 
-    def _patches_and_voting(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        cls, patches = encoded.split([1, encoded.shape[1] - 1], dim=1)
-        return patches, cls if self.attribution_head.pooled else patches
+    def _own_patches(self, tokens: Tensor) -> Tensor:
+        """The influence head's own patch tokens, made of CLS and patches: (B, 1 + N, D) -> (B, N, D)."""
+        return _split(self.attribution_head.own_tokens(tokens))[1]
+
+    def _last_layers(self, count: int) -> tuple[Sequence[nn.Module], nn.Module]:
+        return self.vit.layers[-count:], self.vit.layernorm
 
     def _empty_token(self) -> Tensor:
         """CLS where there is no patch at all: (D)."""
@@ -96,8 +156,10 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         tokens = cat([cls.expand(-1, -1, num_coalitions, -1), patches], dim=2).flatten(0, 1)  # (B' R, G + N, D)
         cls_ids = torch.arange(num_coalitions, device=members.device).expand(batch, structures, -1)
         token_ids = cat([cls_ids, coalition_ids], dim=2).flatten(0, 1)  # (B' R, G + N)
-        encoded = self._encode(tokens, self._coalition_mask(tokens, token_ids)).unflatten(0, (batch, structures))
-        return encoded[:, :, :num_coalitions] if self.attribution_head.pooled else encoded[:, :, num_coalitions:]
+        mask = self._coalition_mask(tokens, token_ids)
+        if self.attribution_head.pooled:
+            return self._encode(tokens, mask, num_coalitions).unflatten(0, (batch, structures))
+        return self._encode(tokens, mask)[:, num_coalitions:].unflatten(0, (batch, structures))
 
     def _coalition_mask(self, tokens: Tensor, token_ids: Tensor):
         """What the attention backend needs to keep tokens (B, T, D) of different ids (B, T) apart."""
@@ -114,10 +176,17 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         apart = token_ids[:, None, :, None] != token_ids[:, None, None, :]  # (B, 1, T, T)
         return torch.zeros(apart.shape, dtype=dtype, device=tokens.device).masked_fill_(apart, float("-inf"))
 
-    def _encode(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        for layer in self.vit.layers:
+    def _encode(self, tokens: Tensor, mask, num_queries: int | None = None, num_layers: int = 0) -> Tensor:
+        """All layers, or the last `num_layers`, and the final norm; the last layer for the first tokens alone."""
+        *others, last = self.vit.layers[-num_layers:]
+        for layer in others:
             tokens = layer(tokens, mask)
-        return self.vit.layernorm(tokens)
+        return self.vit.layernorm(last(tokens, mask, num_queries))
+
+
+def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """CLS and patches: (B, 1 + N, D) -> (B, 1, D), (B, N, D)."""
+    return tokens[:, :1], tokens[:, 1:]
 
 
 def _pair(size) -> tuple[int, int]:

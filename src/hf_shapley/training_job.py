@@ -39,6 +39,9 @@ FAMILIES = {
     "convnext": (ShapleyConvNextConfig, ShapleyConvNextForImageClassification),
 }
 
+# Options of the attribution head among the model's arguments: None leaves the checkpoint's, else the default.
+HEAD_OPTIONS = ("attribution_head", "vote_readout", "influence_own_layers", "influence_gradient")
+
 # What suits the digits from scratch; a checkpoint or another data set starts from TrainingArguments' own defaults.
 DIGITS_DEFAULTS = {
     "output_dir": "outputs/digits",
@@ -64,6 +67,15 @@ class ModelArguments:
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint on the Hub."})
     attribution_head: str | None = field(
         default=None, metadata={"help": "'votes' or 'votes+influence'. None = the checkpoint's, else 'votes'."}
+    )
+    vote_readout: str | None = field(
+        default=None, metadata={"help": "'patches' or 'pooled', which keeps a plain checkpoint's predictions."}
+    )
+    influence_own_layers: int | None = field(
+        default=None, metadata={"help": "Last layers of which the influence head has its own copies."}
+    )
+    influence_gradient: float | None = field(
+        default=None, metadata={"help": "Share of the influence head's gradient that reaches the backbone."}
     )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Start with a new classifier where the checkpoint's has other labels."}
@@ -182,8 +194,7 @@ def _first(rows: Dataset, limit: int | None, seed: int) -> Dataset:
 def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The checkpoint and its image processor, or a small model with random weights."""
     names: dict[str, Any] = label_maps(labels)
-    if args.attribution_head is not None:
-        names["attribution_head"] = args.attribution_head
+    names |= {name: value for name in HEAD_OPTIONS if (value := getattr(args, name)) is not None}
     if args.model is None:
         config_class, model_class = FAMILIES[args.backbone]
         size = {"height": args.image_size, "width": args.image_size}
