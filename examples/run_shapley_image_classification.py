@@ -8,11 +8,10 @@ Fine-tune a plain checkpoint of the Hub on a data set of the Hub:
 
     python examples/run_shapley_image_classification.py \
         --model google/vit-base-patch16-224-in21k --dataset ethz/food101 --output_dir outputs/food101 \
-        --attribution_head votes+influence --vote_readout pooled --influence_own_layers 1 --influence_gradient 0.1 \
-        --coalition_weight 0.3 --shapley_warmup 0.3 --even_weight 0.1 --value_gradient 0.1 \
-        --value_gradient_fraction 0.25 --learning_rate 5e-5 --attribution_learning_rate 4e-4 \
-        --num_train_epochs 8 --per_device_train_batch_size 32 --dataloader_num_workers 4 \
-        --horizontal_flip --random_crop 0.5 --bf16 --do_train --do_eval --push_to_hub
+        --horizontal_flip --random_crop 0.5 --learning_rate 5e-5 --num_train_epochs 8 \
+        --per_device_train_batch_size 32 --dataloader_num_workers 4 --bf16 --do_train --do_eval --push_to_hub
+
+A plain checkpoint starts from `hf_shapley.fine_tuning_recipe`; what is given on the command line goes before it.
 
 On several devices, or several machines, put `accelerate launch` in the place of `python` (`accelerate config` asks
 about the machine once). To try it without any GPU: `accelerate launch --multi_gpu --num_processes 2 ... --use_cpu`;

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from hf_shapley import digits_dataset, load_explanations, train_digits_model, training_job
+from hf_shapley import digits_dataset, fine_tuning_recipe, load_explanations, train_digits_model, training_job
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL_TRAINING = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1"]
@@ -109,6 +109,28 @@ def test_one_json_file_may_hold_all_options(tmp_path):
     assert (model_args.backbone, data_args.max_eval_samples, args.learning_rate) == ("vit", 3, 0.5)
     assert args.do_train
     assert args.do_eval
+
+
+def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
+    plain.save_pretrained(tmp_path / "plain")
+    training_job.load_model(training_job.ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
+    arguments = ["--model", str(tmp_path / "plain"), "--learning_rate", "2e-3", "--output_dir", str(tmp_path)]
+    model_options, training_options = fine_tuning_recipe(2e-3)
+    model_args, _, args = training_job.parse_arguments(arguments)
+    assert {name: getattr(args, name) for name in training_options} == training_options
+    model, _ = training_job.load_model(model_args, ["a", "b"])
+    assert {name: getattr(model.config, name) for name in model_options} == model_options
+
+    assert training_job.parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
+    (tmp_path / "all.json").write_text(json.dumps({"model": str(tmp_path / "plain"), "output_dir": str(tmp_path)}))
+    assert training_job.parse_arguments([str(tmp_path / "all.json")])[2].value_gradient == 0.1
+    for others in ([*arguments, "--attribution_head", "votes"], ["--model", str(checkpoint), "--output_dir", "out"]):
+        model_args, _, args = training_job.parse_arguments(others)
+        assert (model_args.vote_readout, args.value_gradient) == (None, 1.0)
+    with pytest.raises(ValueError, match=r"learning_rate.*above 0"):
+        fine_tuning_recipe(0)
 
 
 def test_explaining_an_image_prints_what_adds_up_and_draws_it(tmp_path):

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "hf_shapley"
 LAYERS = {
     0: ["checks", "configuration_shapley", "coalitions", "checkpoints", "files", "version", "images", "visualization"],
     # A model saves the pipeline's code with its own.
-    1: ["attribution_head", "losses", "estimators", "pipeline_shapley"],
+    1: ["attribution_head", "losses", "estimators", "pipeline_shapley", "recipes"],
     2: ["modeling_shapley_vit", "modeling_shapley_convnext"],
     3: [
         "trainer",

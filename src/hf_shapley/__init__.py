@@ -61,6 +61,7 @@ from .model_card import ShapleyModelCard, ShapleyModelCardData, render_model_car
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .pipeline_shapley import TASK, ShapleyImageClassificationPipeline
+from .recipes import fine_tuning_recipe
 from .version import __version__
 from .visualization import (
     attribution_figure,
@@ -139,6 +140,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "faithfulness_correlation",
+    "fine_tuning_recipe",
     "grid_pointing_game",
     "ids_to_coalitions",
     "infidelity",

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import sys
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import sqrt
@@ -32,6 +33,7 @@ from .files import whole_file
 from .images import load_image
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
+from .recipes import fine_tuning_recipe
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 FAMILIES = {
@@ -39,7 +41,7 @@ FAMILIES = {
     "convnext": (ShapleyConvNextConfig, ShapleyConvNextForImageClassification),
 }
 
-# Options of the attribution head among the model's arguments: None leaves the checkpoint's, else the default.
+# Options of the attribution head: None leaves what the checkpoint or the recipe says, else the default.
 HEAD_OPTIONS = ("attribution_head", "vote_readout", "influence_own_layers", "influence_gradient")
 
 # What suits the digits from scratch; a checkpoint or another data set starts from TrainingArguments' own defaults.
@@ -125,19 +127,42 @@ class DataArguments:
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, ShapleyTrainingArguments]:
-    """Options from the command line or from one `.json` file; with no action named, train and evaluate."""
+    """Options from the command line or from one `.json` file; with no action named, train and evaluate.
+
+    A plain checkpoint with no option of the attribution head starts from `fine_tuning_recipe`.
+    """
     parser = HfArgumentParser((ModelArguments, DataArguments, ShapleyTrainingArguments), allow_abbrev=False)
     if len(argv) == 1 and argv[0].endswith(".json"):
-        model_args, data_args, args = parser.parse_json_file(argv[0])
+        given = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        model_args, data_args, args = parser.parse_dict({**_suited_defaults(given), **given})
     else:
-        if not any(word.split("=")[0] in ("--model", "--dataset") for word in argv):
-            parser.set_defaults(**DIGITS_DEFAULTS)
+        few = ArgumentParser(add_help=False, allow_abbrev=False)
+        few.add_argument("--learning_rate", default=SUPPRESS, type=float)
+        for name in ("model", "dataset", "revision", *HEAD_OPTIONS):
+            few.add_argument(f"--{name}", default=SUPPRESS)
+        parser.set_defaults(**_suited_defaults(vars(few.parse_known_args(argv)[0])))
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     if not (args.do_train or args.do_eval or args.do_predict):
         args.do_train = args.do_eval = True
     args.remove_unused_columns = False  # the image column is read on the fly, by the transform
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     return model_args, data_args, args
+
+
+def _suited_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults for what is given: the digits from scratch, a plain checkpoint, or neither."""
+    if not {"model", "dataset"} & given.keys():
+        return DIGITS_DEFAULTS
+    if given.get("model") is None or set(HEAD_OPTIONS) & given.keys():
+        return {}
+    if _model_type(given["model"], given.get("revision", "main")) not in FAMILIES:
+        return {}
+    model_options, training_options = fine_tuning_recipe(float(given.get("learning_rate", 5e-5)))
+    return model_options | training_options
+
+
+def _model_type(model: str, revision: str) -> str:
+    return AutoConfig.from_pretrained(model, revision=revision).model_type
 
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
@@ -199,7 +224,7 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
         config_class, model_class = FAMILIES[args.backbone]
         size = {"height": args.image_size, "width": args.image_size}
         return model_class(config_class(**_small(args), **names)), ViTImageProcessorPil(size=size)
-    model_type = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
+    model_type = _model_type(args.model, args.revision)
     family = model_type.removeprefix("shapley-")
     if family not in FAMILIES:
         raise ValueError(f"`--model` must be a ViT or ConvNeXt checkpoint, got {args.model!r} of type {model_type!r}.")
