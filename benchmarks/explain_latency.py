@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from common import RESULTS, build, compare, interleave, peak_memory, print_table, write_result
 
-POOLED = {"attribution_head": "votes+influence", "vote_readout": "pooled", "influence_own_layers": 1}
+from hf_shapley import fine_tuning_recipe
+
 HEADS: dict[str, dict] = {
     "votes": {"attribution_head": "votes"},
     "votes+influence": {"attribution_head": "votes+influence"},
-    "pooled, own layer and two blocks": POOLED,
-    "pooled, own layer alone": POOLED | {"influence_layers": 0},
+    "fine_tuning_recipe": fine_tuning_recipe()[0],
 }
 GOAL = {"time": 1.02, "memory": 1.1}
 

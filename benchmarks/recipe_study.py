@@ -114,6 +114,12 @@ RECIPES = {
     "pooled, values 0.1 of an eighth": Recipe(POOLED | dict(value_gradient_fraction=0.125), _pooled()),
     "pooled, four pairs, values 0.1 of an eighth": Recipe(FOUR_PAIRS, _pooled()),
     "pooled, four pairs, then the head alone": Recipe(FOUR_PAIRS, _pooled(), head_epochs=3),
+    "pooled, own layer alone, values 0.1 of a quarter": Recipe(
+        POOLED | dict(value_gradient_fraction=0.25), _pooled(influence_own_layers=1, influence_layers=0)
+    ),
+    "pooled, own layer alone, values 0.1 of an eighth": Recipe(
+        POOLED | dict(value_gradient_fraction=0.125), _pooled(influence_own_layers=1, influence_layers=0)
+    ),
     "pooled, own layer, four pairs, then the head alone": Recipe(
         OWN_LAYER, _pooled(influence_own_layers=1), head_epochs=4
     ),

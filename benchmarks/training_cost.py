@@ -14,9 +14,9 @@ import torch
 from common import RESULTS, build, compare, interleave, print_table, write_result
 from torch.optim import AdamW
 
-from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
+from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
 
-OWN_LAYER = {"attribution_head": "votes+influence", "vote_readout": "pooled", "influence_own_layers": 1}
+RECIPE_HEAD, RECIPE = fine_tuning_recipe()
 VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model options)
     "joint": ({}, {}),
     "joint, half of the batch": ({"shapley_fraction": 0.5}, {}),
@@ -25,9 +25,7 @@ VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model
     "joint, every second step": ({"shapley_every": 2}, {}),
     "joint, v(S) detached": ({"value_gradient": 0.0}, {}),
     "joint, influence head": ({}, {"attribution_head": "votes+influence"}),
-    "joint, pooled, own layer": ({}, OWN_LAYER),
-    "joint, pooled, own layer, quarter learns through v(S)": ({"value_gradient_fraction": 0.25}, OWN_LAYER),
-    "joint, pooled, own layer, eighth learns through v(S)": ({"value_gradient_fraction": 0.125}, OWN_LAYER),
+    "fine_tuning_recipe": (RECIPE, RECIPE_HEAD),
 }
 GOALS = {"vit": 2.05, "convnext": 2.2}
 

@@ -7,6 +7,8 @@ from statistics import mean, stdev
 
 import pytest
 
+from hf_shapley import ShapleyTrainingArguments, fine_tuning_recipe
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,10 +184,21 @@ def cifar10_numbers(setting: str, recipe: str) -> tuple[list[str], list[float]]:
 def test_the_sentence_on_cifar10_is_that_of_its_result_files():
     sentence = " ".join(README[README.index("On CIFAR-10") : README.index("[Choosing a recipe]")].split())
     from_scratch, differences = cifar10_numbers("vit_5000_images_from_scratch", "influence-votes_1-values_1")
-    fine_tuned, _ = cifar10_numbers("vit_fine_tuned_8_epochs", "pooled-four_pairs-then_the_head_alone")
+    fine_tuned, others = cifar10_numbers("vit_fine_tuned_8_epochs", "pooled-own_layer-four_pairs-then_the_head_alone")
     assert re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence) == from_scratch + fine_tuned
-    assert f"difference {mean(differences):.2f} points, standard deviation {stdev(differences):.2f}" in sentence
-    assert f"means of {len(differences)} seeds" in sentence
+    for points in (differences, others):
+        assert f"difference {mean(points):.2f} points, standard deviation {stdev(points):.2f}" in sentence
+        assert f"means of {len(points)} seeds" in sentence
+
+
+def test_the_recommended_recipe_is_one_that_was_measured():
+    name = "vit-pooled-own_layer_alone-values_0.1_of_a_quarter-seed0.json"
+    found = json.loads((RESULTS / "recipe_study" / "vit_fine_tuned" / name).read_text())
+    model_options, training_options = fine_tuning_recipe(found["settings"]["learning_rate"])
+    assert model_options.items() <= found["config"].items()
+    assert training_options.pop("learning_rate") == found["settings"]["learning_rate"]
+    assert training_options == {key: value for key, value in found["training"].items() if key != "shapley_weight"}
+    assert found["training"]["shapley_weight"] == ShapleyTrainingArguments.shapley_weight
 
 
 def test_every_result_file_names_the_command_that_made_it():

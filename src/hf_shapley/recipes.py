@@ -27,6 +27,7 @@ def fine_tuning_recipe(learning_rate: float = 5e-5) -> tuple[dict[str, Any], dic
         "attribution_head": "votes+influence",
         "vote_readout": "pooled",
         "influence_own_layers": 1,
+        "influence_layers": 0,
         "influence_gradient": 0.1,
     }
     training_options = {
