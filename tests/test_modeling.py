@@ -311,6 +311,13 @@ def test_hidden_states_and_attentions_are_given_on_request(pixel_values):
     assert len(make_model("convnext")(pixel_values, output_hidden_states=True).hidden_states) == 3
 
 
+def test_an_ordinary_forward_runs_the_backbone_once(model, pixel_values):
+    calls = []
+    model.base_model.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    model.explain(pixel_values)
+    assert len(calls) == 1
+
+
 def test_recording_changes_nothing(model, pixel_values):
     expected = model(pixel_values)
     assert expected.hidden_states is None

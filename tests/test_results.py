@@ -49,6 +49,14 @@ def test_the_cost_of_a_step_is_that_of_its_result_file():
     for variant in ("joint", "joint, quarter learns through v(S)"):
         vit, convnext = (found[name][variant]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny"))
         assert re.search(rf"{vit:.2f} (plain steps for ViT-Ti/16 )?and {convnext:.2f}", README)
+    found = json.loads((RESULTS / "training_cost_fine_tuning.json").read_text())["models"]
+    costs = [found[name]["fine_tuning_recipe"]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny")]
+    found = json.loads((RESULTS / "explain_latency.json").read_text())["models"]
+    costs += [
+        found[name]["batch 8"]["explained, fine_tuning_recipe"]["wall_ratio"] for name in ("vit-base", "convnext-tiny")
+    ]
+    assert "With `fine_tuning_recipe` a step costs {:.2f} and {:.2f}".format(*costs[:2]) in " ".join(README.split())
+    assert "takes {:.2f} plain forwards for ViT-B/16 and {:.2f}".format(*costs[2:]) in " ".join(README.split())
 
 
 def test_the_page_on_reliability_says_what_its_result_files_say():

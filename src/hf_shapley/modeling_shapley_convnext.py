@@ -100,6 +100,8 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
     def _recorded_tokens(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, **kwargs
     ) -> tuple[tuple[Tensor, Tensor], dict]:
+        if not kwargs and not getattr(self.config, "output_hidden_states", False):
+            return self._tokens(self._embed(pixel_values, interpolate_pos_encoding)), {}
         outputs = self.convnext(self._cast(pixel_values), **kwargs)
         features = branch = outputs.last_hidden_state
         if self.attribution_head.own_layers:  # the stock backbone records stages, not layers
