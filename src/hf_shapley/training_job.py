@@ -42,7 +42,13 @@ FAMILIES = {
 }
 
 # Options of the attribution head: None leaves what the checkpoint or the recipe says, else the default.
-HEAD_OPTIONS = ("attribution_head", "vote_readout", "influence_own_layers", "influence_gradient")
+HEAD_OPTIONS = (
+    "attribution_head",
+    "vote_readout",
+    "influence_layers",
+    "influence_own_layers",
+    "influence_gradient",
+)
 
 # What suits the digits from scratch; a checkpoint or another data set starts from TrainingArguments' own defaults.
 DIGITS_DEFAULTS = {
@@ -72,6 +78,9 @@ class ModelArguments:
     )
     vote_readout: str | None = field(
         default=None, metadata={"help": "'patches' or 'pooled', which keeps a plain checkpoint's predictions."}
+    )
+    influence_layers: int | None = field(
+        default=None, metadata={"help": "Blocks of the influence head, after its own layers."}
     )
     influence_own_layers: int | None = field(
         default=None, metadata={"help": "Last layers of which the influence head has its own copies."}
