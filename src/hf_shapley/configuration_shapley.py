@@ -45,7 +45,7 @@ class ShapleyConfigMixin:
         influence_own_layers: how many of the backbone's last layers the influence head has its own copies of, ahead of
             its blocks: it reads the tokens from before those layers, and from a plain checkpoint starts with what they
             have learned. ConvNeXt: of the last stage's. With ViT's "pooled" readout, where the classifier's last layer
-            then has CLS alone to compute, one own layer costs nothing.
+            then has CLS alone to compute, one own layer costs little.
         vote_gradient: share of the gradient of the attributions that reaches the votes while training, 0 to 1;
             None means 1 for "votes" and 0 for "votes+influence". Logits are never affected.
         influence_gradient: share of the gradient of the influence head that reaches the backbone's tokens, 0 to 1.
