@@ -120,6 +120,10 @@ RECIPES = {
     "pooled, own layer alone, values 0.1 of an eighth": Recipe(
         POOLED | dict(value_gradient_fraction=0.125), _pooled(influence_own_layers=1, influence_layers=0)
     ),
+    "pooled, own layer alone, values 0.1 of a quarter, three quarters of the batch": Recipe(
+        POOLED | dict(value_gradient_fraction=0.25, shapley_fraction=0.75),
+        _pooled(influence_own_layers=1, influence_layers=0),
+    ),
     "pooled, own layer, four pairs, then the head alone": Recipe(
         OWN_LAYER, _pooled(influence_own_layers=1), head_epochs=4
     ),

@@ -1,6 +1,7 @@
 """What must hold for both backbones: the structured forward, the game, loading and saving, and clear refusals."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_shapley import (
     ShapleyConvNextConfig,
@@ -22,9 +24,11 @@ from hf_shapley import (
     ShapleyViTConfig,
     ShapleyViTForImageClassification,
     coalitions_to_ids,
+    ids_to_coalitions,
     sample_coalitions,
     upsample_attributions,
 )
+from hf_shapley.coalitions import sum_over_coalitions
 
 PLAYERS = 24
 SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}
@@ -78,7 +82,7 @@ def hide(pixel_values, coalition, value):
 def test_attributions_sum_to_logits_less_base_values(model, pixel_values):
     output = model(pixel_values)
     torch.testing.assert_close(output.attributions.sum(1), output.logits - output.base_values, atol=1e-5, rtol=0)
-    assert torch.equal(output.base_values, model.base_values)
+    torch.testing.assert_close(output.base_values, model.base_values, atol=1e-6, rtol=0)
     if not model.attribution_head.pooled:
         assert torch.equal(output.base_values, model.classifier.bias)
 
@@ -312,10 +316,13 @@ def test_hidden_states_and_attentions_are_given_on_request(pixel_values):
 
 
 def test_an_ordinary_forward_runs_the_backbone_once(model, pixel_values):
-    calls = []
-    model.base_model.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    calls = Counter()
+    layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in [model.base_model.embeddings, *layers]:
+        module.register_forward_hook(lambda module, *_: calls.update([module]))
     model.explain(pixel_values)
-    assert len(calls) == 1
+    assert len(layers) > 1
+    assert calls == Counter([model.base_model.embeddings, *layers])
 
 
 def test_recording_changes_nothing(model, pixel_values):
@@ -353,6 +360,20 @@ def test_own_layers_that_have_learned_are_loaded_as_they_are(backbone, pixel_val
     assert torch.equal(loaded(pixel_values).attributions, model(pixel_values).attributions)
 
 
+def test_own_layers_leave_out_images_whose_attributions_nobody_asks_for(backbone, pixel_values):
+    model = make_model(backbone, attribution_head="votes+influence", influence_own_layers=1)
+    sizes = []
+    model.attribution_head.own_blocks[0].register_forward_hook(lambda *called: sizes.append(len(called[-1])))
+    ids = coalitions_to_ids(draw(batch=1))
+    summed = model(pixel_values, ids, sums_only=True)
+    whole = model(pixel_values, ids)
+    assert sizes == [1, len(pixel_values)] and sizes[0] < sizes[1]
+    torch.testing.assert_close(summed.logits, whole.logits)
+    members = ids_to_coalitions(ids, 2)  # (1, R, G, N)
+    expected = sum_over_coalitions(members.flatten(1, 2), whole.attributions[:1]).unflatten(1, members.shape[1:3])
+    torch.testing.assert_close(summed.coalition_attributions, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_own_layers_leave_the_backbones_to_the_classifier(backbone, pixel_values):
     options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
     for own in (0, 1):
@@ -373,6 +394,16 @@ def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention)
     for mask in (None, model._coalition_mask(tokens, ids)):
         expected = layer(tokens, mask)[:, :2]
         torch.testing.assert_close(layer(tokens, mask, 2), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_queries", [None, 1])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(attention, num_queries):
+    layer = make_model("vit", attn_implementation=attention).vit.layers[0]
+    tokens, lone = torch.randn(2, 7, 32), torch.randn(1, 32)
+    packed = layer(torch.cat([tokens.flatten(0, 1), lone]), None, num_queries, 2)
+    expected = torch.cat([layer(tokens)[:, :num_queries].flatten(0, 1), layer(lone[None])[0]])
+    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
 
 
 # Loading and saving

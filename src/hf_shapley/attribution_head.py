@@ -198,11 +198,13 @@ class ShapleyImageClassifierMixin:
     """Forward, explanation and game of a Shapley image classifier, over hooks that each backbone provides.
 
     `_embed(pixel_values, interpolate_pos_encoding)` gives the patch embeddings, `_tokens(embeddings)` the patch tokens
-    (B, N, D) of the full image that the influence head's blocks read and those that vote, `_recorded_tokens` both and
-    what the stock backbone records, and `_structured_tokens(embeddings, coalition_ids, members)` those that vote where
-    players see only their own coalition; `_last_layers(count)` names the layers and the norm that the influence head
-    may have copies of. Voting tokens are the patches' own, (B', R, N, D), or with `vote_readout="pooled"` one for each
-    of G coalitions, (B', R, G, D); then `_empty_token()` gives the one of the empty coalition, (D).
+    (B, N, D) of the full image that the influence head's blocks read, those that vote and the empty coalition's,
+    `_recorded_tokens` the same and what the stock backbone records, and `_structured_tokens(embeddings,
+    coalition_ids, members)` those that vote where players see only their own coalition; `_last_layers(count)` names
+    the layers and the norm that the influence head may have copies of. Voting tokens are the patches' own,
+    (B', R, N, D), or with `vote_readout="pooled"` one for each of G coalitions, (B', R, G, D); then `_empty_token()`
+    gives the one of the empty coalition, (D). `_tokens(embeddings, num_attributed)` may give the influence head's for
+    the first images only.
     """
 
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
@@ -270,12 +272,12 @@ class ShapleyImageClassifierMixin:
             repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, token=kwargs.get("token"), **publishing)
 
-    def _empty(self) -> tuple[Tensor | None, Tensor]:
-        """What the classifier reads of the empty coalition (D) with `vote_readout="pooled"`, and v(empty) (K)."""
+    def _empty(self, token: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """What the classifier reads of the empty coalition's token (D), None without one, and v(empty) (K)."""
         base_values = self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it
-        if not self.attribution_head.pooled:
+        if token is None:
             return None, base_values
-        empty = self.attribution_head.vote_tokens(self._empty_token()).float()
+        empty = self.attribution_head.vote_tokens(token).float()
         with torch.autocast(empty.device.type, enabled=False):
             return empty, base_values + nn.functional.linear(empty, self.classifier.weight.float())
 
@@ -283,7 +285,11 @@ class ShapleyImageClassifierMixin:
     def base_values(self) -> Tensor:
         """v(empty), the same for every image: (K), float32, without gradient."""
         with torch.no_grad(), _evaluating(self):
-            return self._empty()[1]
+            return self._empty_alone()[1]
+
+    def _empty_alone(self) -> tuple[Tensor | None, Tensor]:
+        """As `_empty`, where there is no image to take the token along with."""
+        return self._empty(self._empty_token() if self.attribution_head.pooled else None)
 
     @can_return_tuple
     def forward(
@@ -329,19 +335,19 @@ class ShapleyImageClassifierMixin:
         recorded = {}
         members = structured = None
         if coalition_ids is None:
-            (tokens, voting), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
+            (tokens, voting, empty), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
             _check_nothing_is_recorded(kwargs)
             num_coalitions = _check_coalition_ids(coalition_ids, num_coalitions, len(pixel_values), grid)
             num_with_gradient = _check_num_with_gradient(num_with_gradient, len(coalition_ids))
             check_device(coalition_ids, "coalition_ids", pixel_values.device)
             embeddings = self._embed(pixel_values, interpolate_pos_encoding)
-            tokens, voting = self._tokens(embeddings)
+            tokens, voting, empty = self._tokens(embeddings, len(coalition_ids) if sums_only else None)
             members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
             structured = self._played(embeddings, coalition_ids, members, num_with_gradient)
 
-        everyone = tokens.new_ones(tokens.shape[0], 1, tokens.shape[1], dtype=torch.bool)
-        empty, base_values = self._empty()
+        everyone = tokens.new_ones(voting.shape[0], 1, tokens.shape[1], dtype=torch.bool)
+        empty, base_values = self._empty(empty)
         voters = self.attribution_head.voters(voting, everyone, empty)  # (B, N, D)
         if structured is not None:
             structured = self.attribution_head.voters(structured, members, empty)  # (B', R, N, D)
@@ -393,7 +399,7 @@ class ShapleyImageClassifierMixin:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gain of the full image (B, K), and the output's fields that hold something for each coalition."""
         gains = self._gains(structured, members)  # (B', R, G, K)
-        total = self._gains(voters, members.new_ones(len(tokens), 1, tokens.shape[-2])).squeeze(1)
+        total = self._gains(voters, members.new_ones(len(voters), 1, voters.shape[-2])).squeeze(1)
         batch, shape = len(members), members.shape[1:3]
         members = members.flatten(1, 2)  # (B', R G, N)
         votes = self._gains(voters[:batch], members)
@@ -468,15 +474,17 @@ class ShapleyImageClassifierMixin:
         chunk = max(1, batch_size // len(pixel_values)) * (2 if paired else 1)
         with _evaluating(self):
             embeddings = self._embed(pixel_values, interpolate_pos_encoding)
-            values = [self._values(embeddings, part, paired) for part in coalitions.split(chunk, dim=1)]
+            empty = self._empty_alone()
+            values = [self._values(embeddings, part, paired, *empty) for part in coalitions.split(chunk, dim=1)]
         return torch.cat(values, dim=1)
 
-    def _values(self, embeddings: Tensor, coalitions: Tensor, paired: bool) -> Tensor:
+    def _values(
+        self, embeddings: Tensor, coalitions: Tensor, paired: bool, empty: Tensor | None, base_values: Tensor
+    ) -> Tensor:
         """v(S): (B, ...), (B, M, N) -> (B, M, K). With `paired`, coalition 2 j + 1 is the complement of 2 j."""
         structures = coalitions[:, 0::2] if paired else coalitions  # (B, R, N)
         members = torch.stack([structures, ~structures], dim=2)  # (B, R, 2, N)
         tokens = self._structured_tokens(embeddings, coalitions_to_ids(structures), members)
-        empty, base_values = self._empty()
         gains = self._gains(self.attribution_head.voters(tokens, members, empty), members)
         return base_values + (gains if paired else gains[:, :, :1]).flatten(1, 2)
 

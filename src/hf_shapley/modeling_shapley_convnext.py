@@ -99,7 +99,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
 
     def _recorded_tokens(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, **kwargs
-    ) -> tuple[tuple[Tensor, Tensor], dict]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict]:
         if not kwargs and not getattr(self.config, "output_hidden_states", False):
             return self._tokens(self._embed(pixel_values, interpolate_pos_encoding)), {}
         outputs = self.convnext(self._cast(pixel_values), **kwargs)
@@ -112,12 +112,12 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         """Stem features: (B, 3, H, W) -> (B, C, H', W')."""
         return self.convnext.embeddings(self._cast(pixel_values))
 
-    def _tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H', W') -> tokens of the cells (B, N, D) for the influence head's blocks, and those that vote."""
+    def _tokens(self, embeddings: Tensor, num_attributed: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, C, H', W') -> tokens for the influence head's blocks, those that vote, and the empty coalition's."""
         features = branch = self._branch(embeddings)
         for layer in self._last_layers(self.attribution_head.own_layers)[0]:
             features = layer(features)
-        return self._read_and_voting(branch, features)
+        return self._read_and_voting(branch[:num_attributed], features)
 
     def _branch(self, features: Tensor) -> Tensor:
         """Stem features (B, C, H', W') -> (B, D, h, w), from which the influence head goes its own way."""
@@ -132,14 +132,14 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         layers = self.convnext.encoder.stages[-1].layers
         return layers[len(layers) - count :], self.convnext.layernorm
 
-    def _read_and_voting(self, branch: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens for the influence head's blocks, and those that vote: twice (B, D, h, w) -> (B, N, D)."""
+    def _read_and_voting(self, branch: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `_tokens`, from where the influence head leaves the backbone and from its end: twice (B, D, h, w)."""
         head = self.attribution_head
         cells = None if head.pooled and head.own_layers else self._normed(features)
         voting = self.convnext.layernorm(features.mean([-2, -1])).unsqueeze(1) if head.pooled else cells
-        if not head.own_layers:
-            return cells, voting
-        return head.own_tokens(branch.flatten(2).transpose(1, 2), tuple(branch.shape[-2:])), voting
+        if head.own_layers:
+            cells = head.own_tokens(branch.flatten(2).transpose(1, 2), tuple(branch.shape[-2:]))
+        return cells, voting, self._empty_token() if head.pooled else None
 
     def _empty_token(self) -> Tensor:
         """The final layer norm of a mean over no cell, which is 0: (D)."""

@@ -16,21 +16,45 @@ MASKING_BACKENDS = ("eager", "sdpa", "flex_attention")
 
 
 class ShapleyViTLayer(ViTLayer):
-    """A ViT layer that can be run for its first tokens alone, where nothing reads the others any more."""
+    """A ViT layer that can leave out what nothing reads, and take along a token that sees only itself."""
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, num_queries: int | None = None, **kwargs) -> Tensor:
-        """The stock layer: (B, T, D) -> (B, T, D), or with `num_queries` Q only the first (B, Q, D) of it."""
-        if num_queries is None:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask=None,
+        num_queries: int | None = None,
+        num_images: int | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """The stock layer, (B, T, D) -> (B, T, D), or a part of it.
+
+        Args:
+            hidden_states: (B, T, D); with `num_images` packed, see `_packed`, without a mask.
+            attention_mask: as the attention backend takes it.
+            num_queries: Q, give only the first (B, Q, D).
+            num_images: B, give the same packed.
+            **kwargs: passed on.
+        """
+        if num_queries is None and num_images is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         if not isinstance(attention_mask, Tensor | None):  # flex attention's block mask has no rows to choose
             return super().forward(hidden_states, attention_mask, **kwargs)[:, :num_queries]
-        rows = None if attention_mask is None else attention_mask[:, :, :num_queries]
-        attended = self._attend(self.layernorm_before(hidden_states), rows, num_queries)
-        hidden_states = hidden_states[:, :num_queries] + self.dropout(attended)
+        normed = self.layernorm_before(hidden_states)
+        if num_images is None:
+            rows = None if attention_mask is None else attention_mask[:, :, :num_queries]
+            attended = self._attend(normed, rows, num_queries)
+            hidden_states = hidden_states[:, :num_queries]
+        else:
+            tokens, lone = _unpacked(normed, num_images)
+            attended = _packed(self._attend(tokens, None, num_queries), self.attention.v_proj(lone))
+            if num_queries is not None:
+                tokens, lone = _unpacked(hidden_states, num_images)
+                hidden_states = _packed(tokens[:, :num_queries], lone)
+        hidden_states = hidden_states + self.dropout(self.attention.o_proj(attended))
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
 
-    def _attend(self, tokens: Tensor, mask: Tensor | None, num_queries: int) -> Tensor:
-        """The stock attention of the first tokens to all: (B, T, D), mask (B, 1, Q, T) -> (B, Q, D)."""
+    def _attend(self, tokens: Tensor, mask: Tensor | None, num_queries: int | None) -> Tensor:
+        """What the first tokens read of all: (B, T, D), mask (B, 1, Q, T) -> (B, Q, D), not yet projected."""
         attention = self.attention
 
         def heads_of(projected: Tensor) -> Tensor:
@@ -46,7 +70,7 @@ class ShapleyViTLayer(ViTLayer):
             dropout=attention.attention_dropout if self.training else 0.0,
             scaling=attention.scaling,
         )
-        return attention.o_proj(attended.flatten(2))
+        return attended.flatten(2)
 
 
 class InfluenceViTLayer(ViTLayer):
@@ -91,7 +115,7 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
 
     def _recorded_tokens(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, **kwargs
-    ) -> tuple[tuple[Tensor, Tensor], dict]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict]:
         recordings = ("output_hidden_states", "output_attentions")
         if not kwargs and not any(getattr(self.config, name, False) for name in recordings):
             return self._tokens(self._embed(pixel_values, interpolate_pos_encoding)), {}
@@ -104,23 +128,35 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         cls, patches = _split(outputs.last_hidden_state)
         read = self._own_patches(outputs.hidden_states[-1 - own]) if own else patches
         recorded = {"hidden_states": outputs.hidden_states if wanted else None, "attentions": outputs.attentions}
-        return (read, cls if self.attribution_head.pooled else patches), recorded
+        if self.attribution_head.pooled:
+            return (read, cls, self._empty_token()), recorded
+        return (read, patches, None), recorded
 
     def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None) -> Tensor:
         """CLS and patch embeddings: (B, C, H, W) -> (B, 1 + N, D)."""
         pixel_values = pixel_values.to(self.vit.embeddings.patch_embeddings.projection.weight.dtype)
         return self.vit.embeddings(pixel_values, interpolate_pos_encoding=bool(interpolate_pos_encoding))
 
-    def _tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1 + N, D) -> patch tokens (B, N, D) for the influence head's blocks, and those that vote."""
+    def _tokens(self, embeddings: Tensor, num_attributed: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, 1 + N, D) -> patch tokens for the influence head's blocks, those that vote, and the empty coalition's.
+
+        The last is CLS where there is no patch at all. It goes through the layers with the images' tokens: by itself
+        it would read all of the weights once more, which for a single image costs a tenth of the forward.
+        """
         own, pooled = self.attribution_head.own_layers, self.attribution_head.pooled
-        if not own:
-            cls, patches = _split(self._encode(embeddings, None))
-            return patches, cls if pooled else patches
-        for layer in self.vit.layers[:-own]:
-            embeddings = layer(embeddings)
-        voting = self._encode(embeddings, None, 1 if pooled else None, own)
-        return self._own_patches(embeddings), voting if pooled else _split(voting)[1]
+        images = embeddings.shape[0] if pooled else None  # `len` would fix it in an exported program
+        tokens = _packed(embeddings, self._empty_embedding()) if pooled else embeddings
+        for layer in self.vit.layers[:-own] if own else []:
+            tokens = layer(tokens, None, None, images)
+        encoded = self._encode(tokens, None, 1 if pooled and own else None, own, images)
+        if not pooled:
+            patches = _split(encoded)[1]
+            return self._own_patches(tokens[:num_attributed]) if own else patches, patches, None
+        cls_and_patches, empty = _unpacked(encoded, images)
+        cls, patches = _split(cls_and_patches)
+        if own:
+            patches = self._own_patches(_unpacked(tokens, images)[0][:num_attributed])
+        return patches, cls, empty[0]
 
     def _own_patches(self, tokens: Tensor) -> Tensor:
         """The influence head's own patch tokens, made of CLS and patches: (B, 1 + N, D) -> (B, N, D)."""
@@ -131,8 +167,12 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
 
     def _empty_token(self) -> Tensor:
         """CLS where there is no patch at all: (D)."""
+        return self._encode(self._empty_embedding().unsqueeze(0), None)[0, 0]
+
+    def _empty_embedding(self) -> Tensor:
+        """CLS as it enters the layers: (1, D)."""
         embeddings = self.vit.embeddings
-        return self._encode(embeddings.cls_token + embeddings.position_embeddings[:, :1], None)[0, 0]
+        return (embeddings.cls_token + embeddings.position_embeddings[:, :1])[0]
 
     def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:
         """Voting tokens where each player sees its own coalition and its CLS only.
@@ -176,17 +216,34 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         apart = token_ids[:, None, :, None] != token_ids[:, None, None, :]  # (B, 1, T, T)
         return torch.zeros(apart.shape, dtype=dtype, device=tokens.device).masked_fill_(apart, float("-inf"))
 
-    def _encode(self, tokens: Tensor, mask, num_queries: int | None = None, num_layers: int = 0) -> Tensor:
+    def _encode(
+        self,
+        tokens: Tensor,
+        mask,
+        num_queries: int | None = None,
+        num_layers: int = 0,
+        num_images: int | None = None,
+    ) -> Tensor:
         """All layers, or the last `num_layers`, and the final norm; the last layer for the first tokens alone."""
         *others, last = self.vit.layers[-num_layers:]
         for layer in others:
-            tokens = layer(tokens, mask)
-        return self.vit.layernorm(last(tokens, mask, num_queries))
+            tokens = layer(tokens, mask, None, num_images)
+        return self.vit.layernorm(last(tokens, mask, num_queries, num_images))
 
 
 def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """CLS and patches: (B, 1 + N, D) -> (B, 1, D), (B, N, D)."""
     return tokens[:, :1], tokens[:, 1:]
+
+
+def _packed(tokens: Tensor, lone: Tensor) -> Tensor:
+    """The rows of all images' tokens, and that of one more token: (B, T, D), (1, D) -> (B T + 1, D)."""
+    return cat([tokens.flatten(0, 1), lone])
+
+
+def _unpacked(rows: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """What `_packed` put together: (B T + 1, D) -> (B, T, D), (1, D)."""
+    return rows[:-1].unflatten(0, (num_images, -1)), rows[-1:]
 
 
 def _pair(size) -> tuple[int, int]:
