@@ -195,3 +195,14 @@ def peak_memory(step: Callable[[], object], device: str = "cpu") -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def operations(step: Callable[[], object]) -> int:
+    """Floating point operations of matrix products and convolutions in a forward: what no other process disturbs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Fused attention on a CPU is not counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()

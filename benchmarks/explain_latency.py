@@ -1,7 +1,7 @@
 """Cost of an explained prediction (logits and every patch's Shapley value for every label) against a plain one.
 
 Stock model and ours, same shape, run in turn without gradients; memory is what a call holds at its worst moment, by
-the allocator's own account, weights included.
+the allocator's own account, weights included. Beside the time stands the ratio of floating point operations, counted.
 
     python benchmarks/explain_latency.py --models vit-tiny vit-base convnext-tiny --batch-sizes 1 8 --repeats 30
 """
@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import RESULTS, build, compare, interleave, peak_memory, print_table, write_result
+from common import RESULTS, build, compare, interleave, operations, peak_memory, print_table, write_result
 
 from hf_shapley import fine_tuning_recipe
 
@@ -33,7 +33,7 @@ def forward(model, pixel_values: torch.Tensor) -> Callable[[], object]:
 
 
 def measure(shape: str, batch_size: int, repeats: int, num_labels: int) -> dict:
-    """Time and memory of both models."""
+    """Time, operations and memory of both models."""
     pixel_values = torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     plain = build(shape, plain=True, num_labels=num_labels).eval()
     steps = {"plain": forward(plain, pixel_values)}
@@ -43,7 +43,9 @@ def measure(shape: str, batch_size: int, repeats: int, num_labels: int) -> dict:
     table = compare(interleave(steps, repeats=repeats), "plain")
     weights = sum(parameter.nbytes for parameter in plain.parameters())
     peaks = {name: weights + peak_memory(step) for name, step in steps.items()}
+    counted = {name: operations(step) for name, step in steps.items()}
     for name, row in table.items():
+        row["operations_ratio"] = round(counted[name] / counted["plain"], 4)
         row |= {"peak_mib": round(peaks[name] / 2**20, 2), "memory_ratio": round(peaks[name] / peaks["plain"], 4)}
     return table
 
@@ -66,7 +68,8 @@ def main() -> None:
             print_table(
                 f"{shape}, batch {batch_size}, {args.num_labels} labels (goal: at most {GOAL['time']}x)", table
             )
-            print("  memory", {name: row["memory_ratio"] for name, row in table.items()})
+            for what in ("operations", "memory"):
+                print(f"  {what}", {name: row[f"{what}_ratio"] for name, row in table.items()})
     settings = {"image_size": 224, "num_labels": args.num_labels, "repeats": args.repeats, "goals": GOAL}
     write_result(args.output, {"settings": settings, "models": tables})
 

@@ -86,6 +86,8 @@ BASE = dict(coalition_weight=0.3, shapley_weight=1.0, shapley_warmup=0.5)
 POOLED = BASE | dict(shapley_warmup=0.3, even_weight=0.1, value_gradient=0.1, attribution_learning_rate=4e-3)
 FOUR_PAIRS = POOLED | dict(num_pairs=4, value_gradient_fraction=0.125, attribution_learning_rate=8e-3)
 OWN_LAYER = FOUR_PAIRS | dict(attribution_learning_rate=4e-3)
+FINE_TUNING = POOLED | dict(value_gradient_fraction=0.25, shapley_fraction=0.75)
+OWN_LAYER_ALONE = dict(influence_own_layers=1, influence_layers=0)
 HEAD_ALONE = dict(coalition_weight=0.0, shapley_warmup=0.0, value_gradient=0.0)
 RECIPES = {
     "plain": None,
@@ -115,19 +117,44 @@ RECIPES = {
     "pooled, four pairs, values 0.1 of an eighth": Recipe(FOUR_PAIRS, _pooled()),
     "pooled, four pairs, then the head alone": Recipe(FOUR_PAIRS, _pooled(), head_epochs=3),
     "pooled, own layer alone, values 0.1 of a quarter": Recipe(
-        POOLED | dict(value_gradient_fraction=0.25), _pooled(influence_own_layers=1, influence_layers=0)
+        POOLED | dict(value_gradient_fraction=0.25), _pooled(**OWN_LAYER_ALONE)
     ),
     "pooled, own layer alone, values 0.1 of an eighth": Recipe(
-        POOLED | dict(value_gradient_fraction=0.125), _pooled(influence_own_layers=1, influence_layers=0)
-    ),
-    "pooled, own layer alone, values 0.1 of a quarter, three quarters of the batch": Recipe(
-        POOLED | dict(value_gradient_fraction=0.25, shapley_fraction=0.75),
-        _pooled(influence_own_layers=1, influence_layers=0),
+        POOLED | dict(value_gradient_fraction=0.125), _pooled(**OWN_LAYER_ALONE)
     ),
     "pooled, own layer, four pairs, then the head alone": Recipe(
         OWN_LAYER, _pooled(influence_own_layers=1), head_epochs=4
     ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
+    "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
+    # What follows differs from "fine-tuning" in one thing each.
+    **{
+        f"fine-tuning, {change}": Recipe(FINE_TUNING | training, _pooled(**OWN_LAYER_ALONE))
+        for change, training in {
+            "values 0": dict(value_gradient=0.0),
+            "values 0.3": dict(value_gradient=0.3),
+            "values 1": dict(value_gradient=1.0),
+            "weight 1/4": dict(shapley_weight=0.25),
+            "weight 4": dict(shapley_weight=4.0),
+            "no warm-up": dict(shapley_warmup=0.0),
+            "coalition weight 0.1": dict(coalition_weight=0.1),
+            "coalition weight 1": dict(coalition_weight=1.0),
+            "label target": dict(coalition_target="label"),
+            "even part 0": dict(even_weight=0.0),
+            "even part 1": dict(even_weight=1.0),
+            "two pairs": dict(num_pairs=2),
+            "four pairs": dict(num_pairs=4),
+            "every second step": dict(shapley_every=2),
+            "head at the shared rate": dict(attribution_learning_rate=None),
+        }.items()
+    },
+    "fine-tuning, patches vote": Recipe(FINE_TUNING, _influence(influence_gradient=0.1, **OWN_LAYER_ALONE)),
+    "fine-tuning, influence gradient 1": Recipe(
+        FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=1.0)
+    ),
+    "fine-tuning, no own layer": Recipe(FINE_TUNING, _pooled()),
+    "fine-tuning, two own layers": Recipe(FINE_TUNING, _pooled(influence_own_layers=2, influence_layers=0)),
+    "fine-tuning, own layer and two blocks": Recipe(FINE_TUNING, _pooled(influence_own_layers=1)),
 }
 
 

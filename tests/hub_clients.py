@@ -94,7 +94,7 @@ def push(folder: Path) -> dict:
     models["convnext"].push_to_hub("tester/convnext")
     explain = pipeline("shapley-image-classification", model=models["vit"], image_processor=processor(), device="cpu")
     explain.push_to_hub("tester/piped", revision="second", tags=["toy"], commit_message="From a pipeline")
-    models["vit"].save_pretrained(folder / "published", push_to_hub=True, repo_id="tester/saved", tags=["toy"])
+    models["vit"].save_pretrained(folder / "published", True, None, True, repo_id="tester/saved", tags=["toy"])
     models["vit"].push_to_hub("tester/requested", create_pr=True)
     models["vit"].push_to_hub("tester/mine")
     HfApi().upload_file(path_or_fileobj=USERS_CARD.encode(), path_in_repo="README.md", repo_id="tester/mine")

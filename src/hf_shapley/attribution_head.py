@@ -249,14 +249,18 @@ class ShapleyImageClassifierMixin:
             model.attribution_head.copy_layers(*model._last_layers(model.attribution_head.own_layers))
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub: bool = False, *args, **kwargs
+    ) -> None:
         """Save weights, configuration and code, the pipeline's included, so that the Hub can serve all of them.
 
         Args:
             save_directory: folder, created if it does not exist.
-            *args: passed on.
+            is_main_process: passed on.
+            state_dict: passed on.
             push_to_hub: publish the model too, as `model.push_to_hub(repo_id)` does; `repo_id` defaults to the
                 folder's name.
+            *args: passed on.
             **kwargs: passed on; with `push_to_hub` those of that method as well.
         """
         # Imported here, where transformers finds it too, so that the pipeline's file is copied with the model's.
@@ -267,7 +271,8 @@ class ShapleyImageClassifierMixin:
         publishing = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
         # The original format renames ViT's weights, and Trainer, which resumes by the model's own names, would then
         # go on from random ones.
-        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **kwargs)
         if push_to_hub:
             repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, token=kwargs.get("token"), **publishing)
