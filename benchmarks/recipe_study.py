@@ -144,6 +144,9 @@ RECIPES = {
             "even part 1": dict(even_weight=1.0),
             "two pairs": dict(num_pairs=2),
             "four pairs": dict(num_pairs=4),
+            "whole batch": dict(shapley_fraction=1.0),
+            "whole batch and gradient": dict(shapley_fraction=1.0, value_gradient_fraction=1.0),
+            "a third learns through v(S)": dict(value_gradient_fraction=1 / 3),
             "every second step": dict(shapley_every=2),
             "head at the shared rate": dict(attribution_learning_rate=None),
         }.items()
@@ -151,6 +154,9 @@ RECIPES = {
     "fine-tuning, patches vote": Recipe(FINE_TUNING, _influence(influence_gradient=0.1, **OWN_LAYER_ALONE)),
     "fine-tuning, influence gradient 1": Recipe(
         FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=1.0)
+    ),
+    "fine-tuning, influence gradient 0": Recipe(
+        FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=0.0)
     ),
     "fine-tuning, no own layer": Recipe(FINE_TUNING, _pooled()),
     "fine-tuning, two own layers": Recipe(FINE_TUNING, _pooled(influence_own_layers=2, influence_layers=0)),

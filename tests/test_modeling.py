@@ -24,6 +24,7 @@ from hf_shapley import (
     ShapleyViTConfig,
     ShapleyViTForImageClassification,
     coalitions_to_ids,
+    fine_tuning_recipe,
     ids_to_coalitions,
     sample_coalitions,
     upsample_attributions,
@@ -396,6 +397,22 @@ def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention)
         torch.testing.assert_close(layer(tokens, mask, 2), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_weights_that_an_adapter_changes_are_used_as_it_changes_them(attention):
+    layer = make_model("vit", attn_implementation=attention).vit.layers[0]
+    tokens = torch.randn(2, 7, 32)
+    layer.attention.k_proj = nn.Sequential(layer.attention.k_proj, nn.Linear(32, 32))
+    layer.attention.v_proj = nn.Sequential(layer.attention.v_proj, nn.Linear(32, 32))
+    torch.testing.assert_close(layer(tokens, None, 2), layer(tokens)[:, :2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_pooled_vits_step_reaches_every_parameter(pixel_values):
+    model = make_model("vit", attribution_head="votes+influence", vote_readout="pooled", influence_own_layers=1)
+    output = model(pixel_values, coalitions_to_ids(draw()), sums_only=True)
+    (output.logits.sum() + output.coalition_gains.sum() + output.coalition_attributions.sum()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 @pytest.mark.parametrize("num_queries", [None, 1])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(attention, num_queries):
@@ -407,6 +424,25 @@ def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(atte
 
 
 # Loading and saving
+
+
+@pytest.mark.parametrize("offloaded", ["embeddings", "layers", "classifier", "attribution_head"])
+def test_layers_may_be_offloaded_and_the_head_says_that_it_may_not(backbone, offloaded, pixel_values, tmp_path):
+    model = make_model(backbone, **fine_tuning_recipe()[0])
+    model.save_pretrained(tmp_path / "model")
+    parts = [f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_children()]
+    device_map = dict.fromkeys([*parts, "classifier", "attribution_head"], "cpu")
+    names = {part.split(".")[-1].replace("encoder", "layers"): part for part in device_map}
+    device_map[names[offloaded]] = "disk"
+    loaded = type(model).from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offloaded")
+    )
+    assert any(parameter.is_meta for parameter in loaded.parameters())
+    if offloaded in ("classifier", "attribution_head"):
+        with pytest.raises(ValueError, match=f"`{offloaded}` are offloaded"):
+            loaded.explain(pixel_values)
+    else:
+        torch.testing.assert_close(loaded.explain(pixel_values), model.explain(pixel_values), atol=1e-6, rtol=1e-5)
 
 
 def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values, tmp_path):

@@ -510,9 +510,13 @@ class ShapleyImageClassifierMixin:
             raise ValueError(
                 f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."
             )
-        home = self.classifier.weight.device
-        if home.type != "meta":  # where the weights are while they are offloaded
-            check_device(pixel_values, "pixel_values", home)
+        for name, module in (("classifier", self.classifier), ("attribution_head", self.attribution_head.influence)):
+            if module is not None and module.weight.is_meta and not pixel_values.is_meta:
+                raise ValueError(
+                    f"The weights of `{name}` are offloaded, which works for the backbone's layers only: give "
+                    "`classifier` and `attribution_head` a device in `device_map`."
+                )
+        check_device(pixel_values, "pixel_values", self.classifier.weight.device)
         grid = self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
         # Elsewhere than on the CPU the check would make the host wait in every training step.
         checked = (check_values or pixel_values.device.type == "cpu") and not torch.compiler.is_compiling()

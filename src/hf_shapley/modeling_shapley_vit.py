@@ -60,17 +60,41 @@ class ShapleyViTLayer(ViTLayer):
         def heads_of(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
+        queries = heads_of(attention.q_proj(tokens[:, :num_queries]))  # (B, H, Q, d)
+        dropout = attention.attention_dropout if self.training else 0.0
+        few = num_queries is not None and num_queries < attention.head_dim  # beyond that it would cost more
+        if few and not dropout and _are_plain(attention.k_proj, attention.v_proj):
+            return self._read(queries * attention.scaling, tokens, mask)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             attention,
-            heads_of(attention.q_proj(tokens[:, :num_queries])),
+            queries,
             heads_of(attention.k_proj(tokens)),
             heads_of(attention.v_proj(tokens)),
             mask,
-            dropout=attention.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=attention.scaling,
         )
         return attended.flatten(2)
+
+    def _read(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The same for few queries (B, H, Q, d), without making a key and a value of every token.
+
+        A query's score is q . (W_k x + b_k) = (W_k' q) . x + q . b_k, and what it reads is W_v sum_t a_t x_t + b_v:
+        the weights meet the few queries in place of all the tokens.
+        """
+        heads, num_queries, head_dim = queries.shape[1:]
+        key, value = self.attention.k_proj, self.attention.v_proj
+        seeking = (queries @ key.weight.unflatten(0, (heads, head_dim))).flatten(1, 2)  # (B, H Q, D)
+        scores = (seeking @ tokens.transpose(1, 2)).unflatten(1, (heads, num_queries))  # (B, H, Q, T)
+        if key.bias is not None:  # softmax ignores it; left out, the parameter would have no part in a training step
+            scores = scores + queries @ key.bias.view(heads, head_dim, 1)
+        weights = (scores if mask is None else scores + mask).softmax(dim=-1, dtype=torch.float32).to(tokens.dtype)
+        read = (weights.flatten(1, 2) @ tokens).unflatten(1, (heads, num_queries))  # (B, H, Q, D)
+        attended = read @ value.weight.unflatten(0, (heads, head_dim)).transpose(1, 2)  # (B, H, Q, d)
+        if value.bias is not None:
+            attended = attended + value.bias.view(heads, 1, head_dim).to(attended.dtype)
+        return attended.transpose(1, 2).flatten(2)
 
 
 class InfluenceViTLayer(ViTLayer):
@@ -145,7 +169,8 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         """
         own, pooled = self.attribution_head.own_layers, self.attribution_head.pooled
         images = embeddings.shape[0] if pooled else None  # `len` would fix it in an exported program
-        tokens = _packed(embeddings, self._empty_embedding()) if pooled else embeddings
+        # CLS enters the layers alike for every image. Its own weights may be sharded or offloaded: take what comes out.
+        tokens = _packed(embeddings, embeddings[:1, 0]) if pooled else embeddings
         for layer in self.vit.layers[:-own] if own else []:
             tokens = layer(tokens, None, None, images)
         encoded = self._encode(tokens, None, 1 if pooled and own else None, own, images)
@@ -167,12 +192,8 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
 
     def _empty_token(self) -> Tensor:
         """CLS where there is no patch at all: (D)."""
-        return self._encode(self._empty_embedding().unsqueeze(0), None)[0, 0]
-
-    def _empty_embedding(self) -> Tensor:
-        """CLS as it enters the layers: (1, D)."""
-        embeddings = self.vit.embeddings
-        return (embeddings.cls_token + embeddings.position_embeddings[:, :1])[0]
+        any_image = self.classifier.weight.new_zeros(1, self.config.num_channels, *_pair(self.config.image_size))
+        return self._encode(self._embed(any_image, None)[:, :1], None)[0, 0]
 
     def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:
         """Voting tokens where each player sees its own coalition and its CLS only.
@@ -234,6 +255,11 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
 def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """CLS and patches: (B, 1 + N, D) -> (B, 1, D), (B, N, D)."""
     return tokens[:, :1], tokens[:, 1:]
+
+
+def _are_plain(*modules: nn.Module) -> bool:
+    """Whether these are linear layers whose weights say all: no adapter, no quantisation, nothing offloaded."""
+    return all(type(module) is nn.Linear and not module.weight.is_meta for module in modules)
 
 
 def _packed(tokens: Tensor, lone: Tensor) -> Tensor:
