@@ -169,7 +169,7 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         """
         own, pooled = self.attribution_head.own_layers, self.attribution_head.pooled
         images = embeddings.shape[0] if pooled else None  # `len` would fix it in an exported program
-        # CLS enters the layers alike for every image. Its own weights may be sharded or offloaded: take what comes out.
+        # CLS enters the layers alike for every image; its own weights may be sharded or offloaded, out of reach here.
         tokens = _packed(embeddings, embeddings[:1, 0]) if pooled else embeddings
         for layer in self.vit.layers[:-own] if own else []:
             tokens = layer(tokens, None, None, images)
