@@ -125,6 +125,11 @@ RECIPES = {
     "pooled, own layer, four pairs, then the head alone": Recipe(
         OWN_LAYER, _pooled(influence_own_layers=1), head_epochs=4
     ),
+    "pooled, own layer, two pairs, values 1, then the head alone": Recipe(
+        OWN_LAYER | dict(num_pairs=2, value_gradient=1.0, value_gradient_fraction=0.25),
+        _pooled(influence_own_layers=1),
+        head_epochs=2,
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
     # What follows differs from "fine-tuning" in one thing each.

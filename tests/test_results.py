@@ -200,8 +200,8 @@ def test_the_sentence_on_cifar10_is_that_of_its_result_files():
 
 
 def test_the_recommended_recipe_is_one_that_was_measured():
-    name = "vit-pooled-own_layer_alone-values_0.1_of_a_quarter-seed0.json"
-    found = json.loads((RESULTS / "recipe_study" / "vit_fine_tuned" / name).read_text())
+    name = "vit-fine-tuning-a_third_learns_through_v(S)-seed0.json"
+    found = json.loads((RESULTS / "recipe_study" / "vit_fine_tuned_from_another_start" / name).read_text())
     model_options, training_options = fine_tuning_recipe(found["settings"]["learning_rate"])
     assert model_options.items() <= found["config"].items()
     assert training_options.pop("learning_rate") == found["settings"]["learning_rate"]

@@ -37,6 +37,7 @@ def fine_tuning_recipe(learning_rate: float = 5e-5) -> tuple[dict[str, Any], dic
         "shapley_warmup": 0.3,
         "even_weight": 0.1,
         "value_gradient": 0.1,
-        "value_gradient_fraction": 0.25,
+        "shapley_fraction": 0.75,
+        "value_gradient_fraction": 1 / 3,
     }
     return model_options, training_options
