@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 from torch.nn import functional as F
 
-from hf_shapley import coalitions_to_ids, sample_coalitions
+from hf_shapley import coalitions_to_ids, fine_tuning_recipe, sample_coalitions
 
 # One layer each: what is compiled takes seconds either way, and its depth only repeats it.
 SMALL = {
@@ -16,8 +16,14 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """What other tests compiled would count towards the limit of recompilations."""
+    torch.compiler.reset()
+
+
 def small_model(backbone: str, **options):
-    return make_model(backbone, attribution_head="votes+influence", **{**SMALL[backbone], **options})
+    return make_model(backbone, **{"attribution_head": "votes+influence", **SMALL[backbone], **options})
 
 
 def inputs(backbone: str = "vit") -> dict:
@@ -49,8 +55,9 @@ def assert_close(found: dict, expected: dict, **tolerance):
         torch.testing.assert_close(found[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-def test_compiled_without_graph_breaks_it_trains_and_explains_the_same(backbone):
-    model = small_model(backbone).train()
+@pytest.mark.parametrize("head", [{}, fine_tuning_recipe()[0]], ids=["influence", "recommended"])
+def test_compiled_without_graph_breaks_it_trains_and_explains_the_same(backbone, head):
+    model = small_model(backbone, **head).train()
     # "aot_eager" shares with "inductor" all that can break a graph, and needs no C++ compiler.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     expected = gradients(model, sums_only=True, num_with_gradient=2)
