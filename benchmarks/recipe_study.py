@@ -132,7 +132,7 @@ RECIPES = {
     ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
-    # What follows differs from "fine-tuning" in one thing each.
+    # What follows differs from "fine-tuning" in one thing each; `fine_tuning_recipe` is "a third learns through v(S)".
     **{
         f"fine-tuning, {change}": Recipe(FINE_TUNING | training, _pooled(**OWN_LAYER_ALONE))
         for change, training in {

@@ -368,7 +368,7 @@ def test_own_layers_leave_out_images_whose_attributions_nobody_asks_for(backbone
     ids = coalitions_to_ids(draw(batch=1))
     summed = model(pixel_values, ids, sums_only=True)
     whole = model(pixel_values, ids)
-    assert sizes == [1, len(pixel_values)] and sizes[0] < sizes[1]
+    assert sizes == [1, 3]
     torch.testing.assert_close(summed.logits, whole.logits)
     members = ids_to_coalitions(ids, 2)  # (1, R, G, N)
     expected = sum_over_coalitions(members.flatten(1, 2), whole.attributions[:1]).unflatten(1, members.shape[1:3])

@@ -46,6 +46,7 @@ class ShapleyViTLayer(ViTLayer):
             hidden_states = hidden_states[:, :num_queries]
         else:
             tokens, lone = _unpacked(normed, num_images)
+            # The lone token has one key, its own: it reads its own value, whatever the scores.
             attended = _packed(self._attend(tokens, None, num_queries), self.attention.v_proj(lone))
             if num_queries is not None:
                 tokens, lone = _unpacked(hidden_states, num_images)
