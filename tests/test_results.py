@@ -129,6 +129,21 @@ def test_the_recipe_table_is_that_of_its_result_files():
     assert table == recipe_rows() and table
 
 
+def test_the_recipe_page_quotes_its_tables():
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    code_and_tables = r"```.*?```|`[^`\n]+`|^\|.*?$"
+    prose = re.sub(code_and_tables, "", page, flags=re.DOTALL | re.MULTILINE)
+    tables = " ".join(re.findall(r"^\|.*$", page, flags=re.MULTILINE))
+    measured = set(re.findall(r"\d+\.\d{2,}", tables))
+    measured |= {f"{float(number):.2f}" for number in measured}
+    found = json.loads((RESULTS / "peer_amortized.json").read_text())
+    accuracies = [found["peer"]["accuracy_classifier"], found["peer"]["accuracy_surrogate"]]
+    accuracies += [point["accuracy"] for point in found["joint"]["curve"]]
+    measured |= {f"{100 * accuracy:.2f}" for accuracy in accuracies}
+    quoted = re.findall(r"\d+\.\d{2,}", prose)
+    assert len(quoted) > 20 and set(quoted) <= measured
+
+
 @pytest.mark.parametrize(
     ("name", "title"),
     [("cifar10", "### From scratch on few images"), ("cifar10_fine_tuned", "### A plain ViT, fine-tuned")],
