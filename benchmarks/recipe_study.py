@@ -67,11 +67,13 @@ class Recipe:
 
     After the shared epochs the attribution head may learn on alone for `head_epochs`: everything else is frozen, the
     classifier and its accuracy stay as they are, and a step costs little, because nothing but the head has a gradient.
+    With `frozen` it does so from the start.
     """
 
     training: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     head_epochs: float = 0.0
+    frozen: bool = False
 
 
 def _influence(**options) -> dict:
@@ -130,6 +132,7 @@ RECIPES = {
         _pooled(influence_own_layers=1),
         head_epochs=2,
     ),
+    "frozen classifier, four pairs": Recipe(OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
     # What follows differs from "fine-tuning" in one thing each; `fine_tuning_recipe` is "a third learns through v(S)".
@@ -156,9 +159,19 @@ RECIPES = {
             "head at the shared rate": dict(attribution_learning_rate=None),
         }.items()
     },
+    "fine-tuning, everything flows": Recipe(
+        FINE_TUNING | dict(shapley_fraction=1.0, value_gradient_fraction=1.0, value_gradient=1.0, even_weight=1.0),
+        _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=1.0),
+    ),
     "fine-tuning, patches vote": Recipe(FINE_TUNING, _influence(influence_gradient=0.1, **OWN_LAYER_ALONE)),
+    "fine-tuning, influence gradient 0.3": Recipe(
+        FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=0.3)
+    ),
     "fine-tuning, influence gradient 1": Recipe(
         FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=1.0)
+    ),
+    "fine-tuning, influence gradient 1, values 0": Recipe(
+        FINE_TUNING | dict(value_gradient=0.0), _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=1.0)
     ),
     "fine-tuning, influence gradient 0": Recipe(
         FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=0.0)
@@ -260,6 +273,12 @@ def train(
     return model.eval(), trainer.state.log_history[-1]["train_runtime"]
 
 
+def freeze_all_but_the_head(model: PreTrainedModel) -> None:
+    """Let nothing but the attribution head learn."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("attribution_head." in name)
+
+
 @torch.no_grad()
 def measure(model: PreTrainedModel, test: Images, options) -> dict:
     """Accuracy on the whole test split; faithfulness on its first images."""
@@ -298,7 +317,7 @@ def _plain(value):
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def run(name: str, options, train_images: Images, test_images: Images) -> None:
+def run(name: str, options, train_images: Images, test_images: Images, first_images: Images) -> None:
     """Pre-train if needed, fine-tune with one recipe, measure, write."""
     slug = name.replace(", ", "-").replace(" ", "_").replace("/", "_")
     result = options.results / f"{options.backbone}-{slug}-seed{options.seed}.json"
@@ -312,7 +331,7 @@ def run(name: str, options, train_images: Images, test_images: Images) -> None:
         model = plain_class(plain_config(**shape, image_size=32, patch_size=4, num_labels=10, **ATTENTION))
         if options.pretrain:
             model, _ = train(
-                model, train_images, work / "pretraining", options, None, options.pretrain, options.pretrain_rate
+                model, first_images, work / "pretraining", options, None, options.pretrain, options.pretrain_rate
             )
         model.save_pretrained(start)
     recipe = RECIPES[name]
@@ -322,10 +341,11 @@ def run(name: str, options, train_images: Images, test_images: Images) -> None:
         if recipe is None
         else SHAPLEY[options.backbone].from_pretrained(start, **ATTENTION, **recipe.config)
     )
+    if recipe is not None and recipe.frozen:
+        freeze_all_but_the_head(model)
     model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate)
     if recipe is not None and recipe.head_epochs:
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_("attribution_head." in parameter_name)
+        freeze_all_but_the_head(model)
         alone = Recipe(recipe.training | HEAD_ALONE)
         rate = options.learning_rate
         model, more = train(
@@ -354,6 +374,7 @@ def main() -> None:
     parser.add_argument("--pretrain", type=float, default=10, help="plain epochs before; 0 = from scratch")
     parser.add_argument("--epochs", type=float, default=10, help="epochs of every recipe, the plain one included")
     parser.add_argument("--train-images", type=int, help="use the first so many; default all")
+    parser.add_argument("--pretrain-on-all", action="store_true", help="the plain epochs before see every image")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--pretrain-rate", type=float, default=1e-3, help="learning rate of the plain epochs before")
@@ -370,8 +391,9 @@ def main() -> None:
         raise SystemExit(f"Unknown recipes {sorted(unknown)}: choose from {list(RECIPES)}.")
     data = load_dataset(options.data)
     train_images, test_images = Images(data["train"], options.train_images), Images(data["test"], None)
+    first_images = Images(data["train"], None) if options.pretrain_on_all else train_images
     for name in options.recipes.split(";"):
-        run(name, options, train_images, test_images)
+        run(name, options, train_images, test_images, first_images)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ The real thing: a fine-tuned checkpoint, and the data set it was fine-tuned on, 
         --model nateraw/vit-base-beans --dataset AI-Lab-Makerere/beans --label_column labels \
         --epochs 10 --learning_rate 2e-5 --output outputs/beans
 
-A plain checkpoint loads without any new weight: its classifier becomes the vote of each patch, its bias the base
-values. The table shows three models: the plain one, its weights as a Shapley model before any training, and after.
+With the settings of `fine_tuning_recipe` a plain checkpoint loads with its predictions unchanged. The table shows
+three models: the plain one, its weights as a Shapley model before any training, and after.
 The error is the mean squared distance of the attributions to the exact Shapley values, over the variance of those.
 """
 
@@ -44,6 +44,7 @@ from hf_shapley import (
     ShapleyViTForImageClassification,
     attribution_error_certificate,
     digits_dataset,
+    fine_tuning_recipe,
     to_rgb,
 )
 
@@ -132,8 +133,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--eval_split", default="test")
     parser.add_argument("--plain_epochs", type=float, default=15, help="of the plain ViT on digits")
-    parser.add_argument("--epochs", type=float, default=12, help="of the joint fine-tuning")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="of the joint fine-tuning")
+    parser.add_argument("--epochs", type=float, default=30, help="of the joint fine-tuning")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the joint fine-tuning")
     parser.add_argument("--shapley_weight", type=float, default=1.0, help="more: better attributions, less accuracy")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--certified_images", type=int, default=16, help="pictures whose attributions are checked")
@@ -150,14 +151,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.model or make_plain_checkpoint(splits, options.output / "plain", options.plain_epochs)
     processor = AutoImageProcessor.from_pretrained(path)
     plain = AutoModelForImageClassification.from_pretrained(path)
-    model = SHAPLEY_MODELS[AutoConfig.from_pretrained(path).model_type].from_pretrained(path)
+    model_options, training_options = fine_tuning_recipe(options.learning_rate)
+    model = SHAPLEY_MODELS[AutoConfig.from_pretrained(path).model_type].from_pretrained(path, **model_options)
 
     columns = options.image_column, options.label_column
     training = settings(options.output / "shapley", options.epochs, options.learning_rate, options.batch_size)
     held_out = with_pixels(splits[options.eval_split], processor, *columns)
     trainer = ShapleyTrainer(
         model,
-        ShapleyTrainingArguments(**training, shapley_weight=options.shapley_weight),
+        ShapleyTrainingArguments(**training | training_options, shapley_weight=options.shapley_weight),
         train_dataset=with_pixels(splits[options.train_split], processor, *columns),
         eval_dataset=held_out,
         processing_class=processor,

@@ -179,8 +179,9 @@ def test_fine_tuning_a_plain_checkpoint_compares_three_models(tmp_path):
         logits = plain(processor(test["image"][:], return_tensors="pt")["pixel_values"]).logits
     expected = (logits.argmax(-1) == torch.tensor(test["label"][:])).float().mean().item()
     assert float(rows["plain checkpoint"]) == pytest.approx(expected, abs=1e-4)
+    assert rows["loaded as Shapley model"] == rows["plain checkpoint"]  # its predictions are kept
     tuned = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "shapley")
-    assert tuned.config.model_type == "shapley-vit"
+    assert tuned.config.model_type == "shapley-vit" and tuned.config.vote_readout == "pooled"
 
 
 def test_no_example_is_left_out():
