@@ -67,13 +67,15 @@ class Recipe:
 
     After the shared epochs the attribution head may learn on alone for `head_epochs`: everything else is frozen, the
     classifier and its accuracy stay as they are, and a step costs little, because nothing but the head has a gradient.
-    With `frozen` it does so from the start.
+    With `frozen` it does so from the beginning. `start` is the plain checkpoint that a recipe starts from:
+    "plain/model" is what the control, run before, ended with.
     """
 
     training: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     head_epochs: float = 0.0
     frozen: bool = False
+    start: str = "start"
 
 
 def _influence(**options) -> dict:
@@ -133,6 +135,9 @@ RECIPES = {
         head_epochs=2,
     ),
     "frozen classifier, four pairs": Recipe(OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True),
+    "plain, then the head alone, four pairs": Recipe(
+        OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True, start="plain/model"
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
     # What follows differs from "fine-tuning" in one thing each; `fine_tuning_recipe` is "a third learns through v(S)".
@@ -273,12 +278,6 @@ def train(
     return model.eval(), trainer.state.log_history[-1]["train_runtime"]
 
 
-def freeze_all_but_the_head(model: PreTrainedModel) -> None:
-    """Let nothing but the attribution head learn."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("attribution_head." in name)
-
-
 @torch.no_grad()
 def measure(model: PreTrainedModel, test: Images, options) -> dict:
     """Accuracy on the whole test split; faithfulness on its first images."""
@@ -339,13 +338,13 @@ def run(name: str, options, train_images: Images, test_images: Images, first_ima
     model = (
         plain_class.from_pretrained(start, **ATTENTION)
         if recipe is None
-        else SHAPLEY[options.backbone].from_pretrained(start, **ATTENTION, **recipe.config)
+        else SHAPLEY[options.backbone].from_pretrained(work / recipe.start, **ATTENTION, **recipe.config)
     )
     if recipe is not None and recipe.frozen:
-        freeze_all_but_the_head(model)
+        model.freeze_classifier()
     model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate)
     if recipe is not None and recipe.head_epochs:
-        freeze_all_but_the_head(model)
+        model.freeze_classifier()
         alone = Recipe(recipe.training | HEAD_ALONE)
         rate = options.learning_rate
         model, more = train(

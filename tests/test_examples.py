@@ -122,6 +122,14 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
     assert {name: getattr(args, name) for name in training_options} == training_options
     model, _ = training_job.load_model(model_args, ["a", "b"])
     assert {name: getattr(model.config, name) for name in model_options} == model_options
+    assert model.classifier.weight.requires_grad
+    frozen = training_job.parse_arguments([*arguments, "--freeze_classifier"])[0]
+    learning = {
+        name for name, p in training_job.load_model(frozen, ["a", "b"])[0].named_parameters() if p.requires_grad
+    }
+    assert learning == {name for name, _ in model.named_parameters() if name.startswith("attribution_head.")}
+    with pytest.raises(ValueError, match=r"freeze_classifier.*checkpoint with `--model`"):
+        training_job.ModelArguments(freeze_classifier=True)
 
     assert training_job.parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
     (tmp_path / "all.json").write_text(json.dumps({"model": str(tmp_path / "plain"), "output_dir": str(tmp_path)}))

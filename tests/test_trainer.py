@@ -13,7 +13,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, coalitions_to_ids, sample_coalitions
+from hf_shapley import (
+    ShapleyTrainer,
+    ShapleyTrainingArguments,
+    coalitions_to_ids,
+    fine_tuning_recipe,
+    sample_coalitions,
+)
 
 
 def images(count: int = 16) -> list[dict]:
@@ -70,6 +76,34 @@ def test_the_terms_are_the_formula_image_by_image(backbone, tmp_path):
     torch.testing.assert_close(terms["coalition"], torch.stack(coalition).mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(terms["shapley"], torch.stack(shapley).mean(), atol=1e-5, rtol=1e-4)
     assert all(term > 0 for term in terms.values())
+
+
+@pytest.mark.parametrize("readout", ["patches", "pooled"])
+def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(backbone, readout, tmp_path):
+    head = {"attribution_head": "votes+influence", "vote_layers": 1, "influence_own_layers": 1}
+    model = make_model(backbone, vote_readout=readout, **head)
+    model.freeze_classifier()
+    pixels = batch_of(images(4))["pixel_values"]
+    coalitions = sample_coalitions(4, 6, num_players=24, generator=torch.Generator().manual_seed(0))
+
+    def played() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        model.eval()
+        with torch.no_grad():
+            output = model(pixels)
+        return output.logits, model.coalition_values(pixels, coalitions), output.attributions
+
+    before = played()
+    recipe = fine_tuning_recipe(1e-2)[1] | {"shapley_warmup": 0.0, "shapley_every": 2}
+    make_trainer(tmp_path, model, num_train_epochs=3, weight_decay=0.1, **recipe).train()
+    after = played()
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert (before[2] - after[2]).abs().max() > 1e-2
+    torch.testing.assert_close(after[2].sum(1), after[0] - model.base_values)
+
+
+def test_freezing_the_classifier_of_attributions_that_are_its_own_is_refused(backbone):
+    with pytest.raises(ValueError, match=r"needs `attribution_head='votes\+influence'`, got 'votes'"):
+        make_model(backbone).freeze_classifier()
 
 
 def test_logged_terms_add_up_to_the_logged_loss(tmp_path):

@@ -277,6 +277,21 @@ class ShapleyImageClassifierMixin:
             repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, token=kwargs.get("token"), **publishing)
 
+    def freeze_classifier(self) -> None:
+        """Let nothing but the influence head learn from here on: logits and values of coalitions stay what they are.
+
+        Raises:
+            ValueError: with `attribution_head="votes"`, where attributions are what the classifier makes of patches.
+        """
+        if self.attribution_head.influence is None:
+            raise ValueError(
+                "A frozen classifier needs `attribution_head='votes+influence'`, got 'votes': its attributions are "
+                "the classifier's own and could not learn either. Load the checkpoint with that option."
+            )
+        self.requires_grad_(False)
+        for name, part in self.attribution_head.named_children():
+            part.requires_grad_(name != "vote_blocks")
+
     def _empty(self, token: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """What the classifier reads of the empty coalition's token (D), None without one, and v(empty) (K)."""
         base_values = self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it

@@ -91,6 +91,9 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Start with a new classifier where the checkpoint's has other labels."}
     )
+    freeze_classifier: bool = field(
+        default=False, metadata={"help": "Train the influence head alone: predictions stay what they are."}
+    )
     backbone: str = field(default="convnext", metadata={"help": "From scratch: 'vit' or 'convnext'."})
     image_size: int = field(
         default=8, metadata={"help": "From scratch: height and width that the model sees, pixels."}
@@ -102,6 +105,8 @@ class ModelArguments:
     def __post_init__(self):
         if self.backbone not in FAMILIES:
             raise ValueError(f"`--backbone` must be one of {list(FAMILIES)}, got {self.backbone!r}.")
+        if self.freeze_classifier and self.model is None:
+            raise ValueError("`--freeze_classifier` keeps a trained classifier: give its checkpoint with `--model`.")
 
 
 @dataclass
@@ -242,6 +247,8 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
     model = model_class.from_pretrained(
         args.model, config=config, revision=args.revision, ignore_mismatched_sizes=args.ignore_mismatched_sizes
     )
+    if args.freeze_classifier:
+        model.freeze_classifier()
     return model, AutoImageProcessor.from_pretrained(args.model, revision=args.revision)
 
 
