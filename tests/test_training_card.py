@@ -13,7 +13,7 @@ from hf_shapley.training_card import _last_evaluation, _metrics
 ROWS = [{"pixel_values": torch.full((3, 16, 24), float(row)), "labels": torch.tensor(row)} for row in range(4)]
 
 
-def make_trainer(folder, dataset=ROWS, **options):
+def make_trainer(folder, dataset=ROWS, model=None, **options):
     settings = {"max_steps": 1, "per_device_train_batch_size": 4, "save_strategy": "no", "eval_strategy": "no"}
     args = ShapleyTrainingArguments(
         str(folder),
@@ -25,7 +25,7 @@ def make_trainer(folder, dataset=ROWS, **options):
     )
     labels = {"id2label": {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "eel"}}
     trainer = ShapleyTrainer(
-        make_model("vit", **labels),
+        make_model("vit", **labels, **(model or {})),
         args,
         train_dataset=ROWS,
         eval_dataset=dataset,
@@ -50,8 +50,15 @@ def test_a_saved_model_has_a_card_with_results_and_recipe(tmp_path):
     assert values == {"accuracy": 0.625, "f1_macro": 0.5}
     for setting in ("learning rate: 0.0003", "shapley weight: 0.25", "num pairs: 2", "attribution head: votes"):
         assert setting in card.text
-    assert "ant, bee, cat, dog, eel" in card.text
+    assert "ant, bee, cat, dog, eel" in card.text and "frozen" not in card.text
     assert str(tmp_path) not in card.content
+
+
+def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
+    trainer = make_trainer(tmp_path, model={"attribution_head": "votes+influence"})
+    trainer.model.freeze_classifier()
+    trainer.create_model_card()
+    assert "classifier: frozen" in card_in(tmp_path).text
 
 
 def test_checkpoints_on_the_way_have_no_card(tmp_path):

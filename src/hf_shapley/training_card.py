@@ -127,10 +127,12 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
     stock = {argument.name for argument in fields(TrainingArguments)}
     own = [argument.name for argument in fields(trainer.args) if argument.name not in stock]
     settings = {name: getattr(trainer.args, name) for name in (*RECIPE, *own)}
+    frozen = not trainer.model.classifier.weight.requires_grad
     return {
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
         "attribution_head": trainer.model.config.attribution_head,
+        **({"classifier": "frozen"} if frozen else {}),
         **{name: getattr(value, "value", value) for name, value in settings.items()},
     }
 
