@@ -130,6 +130,8 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
     assert learning == {name for name, _ in model.named_parameters() if name.startswith("attribution_head.")}
     with pytest.raises(ValueError, match=r"freeze_classifier.*checkpoint with `--model`"):
         training_job.ModelArguments(freeze_classifier=True)
+    with pytest.raises(ValueError, match=r"freeze_classifier.*ignore_mismatched_sizes"):
+        training_job.ModelArguments("plain", freeze_classifier=True, ignore_mismatched_sizes=True)
 
     assert training_job.parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
     (tmp_path / "all.json").write_text(json.dumps({"model": str(tmp_path / "plain"), "output_dir": str(tmp_path)}))

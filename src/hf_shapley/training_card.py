@@ -127,7 +127,8 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
     stock = {argument.name for argument in fields(TrainingArguments)}
     own = [argument.name for argument in fields(trainer.args) if argument.name not in stock]
     settings = {name: getattr(trainer.args, name) for name in (*RECIPE, *own)}
-    frozen = not trainer.model.classifier.weight.requires_grad
+    parameters = trainer.model.named_parameters()
+    frozen = not any(parameter.requires_grad for name, parameter in parameters if "attribution_head." not in name)
     return {
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,

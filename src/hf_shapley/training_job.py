@@ -107,6 +107,10 @@ class ModelArguments:
             raise ValueError(f"`--backbone` must be one of {list(FAMILIES)}, got {self.backbone!r}.")
         if self.freeze_classifier and self.model is None:
             raise ValueError("`--freeze_classifier` keeps a trained classifier: give its checkpoint with `--model`.")
+        if self.freeze_classifier and self.ignore_mismatched_sizes:
+            raise ValueError(
+                "`--freeze_classifier` keeps a trained classifier, not the new one of `--ignore_mismatched_sizes`."
+            )
 
 
 @dataclass
