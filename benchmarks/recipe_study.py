@@ -67,7 +67,8 @@ class Recipe:
 
     After the shared epochs the attribution head may learn on alone for `head_epochs`: everything else is frozen, the
     classifier and its accuracy stay as they are, and a step costs little, because nothing but the head has a gradient.
-    With `frozen` it does so from the beginning. `start` is the plain checkpoint that a recipe starts from:
+    With `frozen` the classifier is so from the beginning, and coalition adapters, where there are any, learn with the
+    head until it learns alone. `start` is the plain checkpoint that a recipe starts from:
     "plain/model" is what the control, run before, ended with.
     """
 
@@ -92,6 +93,13 @@ FOUR_PAIRS = POOLED | dict(num_pairs=4, value_gradient_fraction=0.125, attributi
 OWN_LAYER = FOUR_PAIRS | dict(attribution_learning_rate=4e-3)
 FINE_TUNING = POOLED | dict(value_gradient_fraction=0.25, shapley_fraction=0.75)
 OWN_LAYER_ALONE = dict(influence_own_layers=1, influence_layers=0)
+FROZEN = BASE | dict(
+    shapley_warmup=0.3,
+    even_weight=0.0,
+    value_gradient=0.03,
+    value_gradient_fraction=0.25,
+    attribution_learning_rate=4e-3,
+)
 HEAD_ALONE = dict(coalition_weight=0.0, shapley_warmup=0.0, value_gradient=0.0)
 RECIPES = {
     "plain": None,
@@ -137,6 +145,16 @@ RECIPES = {
     "frozen classifier, four pairs": Recipe(OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True),
     "plain, then the head alone, four pairs": Recipe(
         OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True, start="plain/model"
+    ),
+    "plain, then frozen with adapters": Recipe(
+        FROZEN, _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64), frozen=True, start="plain/model"
+    ),
+    "plain, then frozen with adapters, four pairs, then the head alone": Recipe(
+        FROZEN | dict(num_pairs=4, value_gradient_fraction=0.125),
+        _pooled(influence_own_layers=1, coalition_adapter_size=64),
+        head_epochs=4,
+        frozen=True,
+        start="plain/model",
     ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
@@ -344,7 +362,7 @@ def run(name: str, options, train_images: Images, test_images: Images, first_ima
         model.freeze_classifier()
     model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate)
     if recipe is not None and recipe.head_epochs:
-        model.freeze_classifier()
+        model.freeze_classifier(adapters=True)
         alone = Recipe(recipe.training | HEAD_ALONE)
         rate = options.learning_rate
         model, more = train(

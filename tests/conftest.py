@@ -58,13 +58,16 @@ def attribution_head(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["votes", "votes+influence", "pooled votes+influence", "pooled, own layer votes+influence"])
+@pytest.fixture(
+    params=["votes", "votes+influence", "pooled votes+influence", "pooled, own layer, adapters votes+influence"]
+)
 def model(backbone, request):
     return make_model(
         backbone,
         attribution_head=request.param.split()[-1],
         vote_readout="pooled" if "pooled" in request.param else "patches",
         influence_own_layers=int("own" in request.param),
+        coalition_adapter_size=4 * ("adapters" in request.param),
     )
 
 

@@ -387,6 +387,36 @@ def test_own_layers_leave_the_backbones_to_the_classifier(backbone, pixel_values
             assert all(parameter.grad.any() for parameter in model.attribution_head.own_norm.parameters())
 
 
+# Coalition adapters
+
+
+@pytest.mark.parametrize("readout", ["patches", "pooled"])
+def test_adapters_act_where_players_are_absent_and_not_at_all_on_the_full_image(backbone, readout, pixel_values):
+    options = {"attribution_head": "votes+influence", "vote_readout": readout}
+    adapted, bare = (make_model(backbone, coalition_adapter_size=size, **options) for size in (4, 0))
+    bare.load_state_dict(adapted.state_dict(), strict=False)
+    for name in ("logits", "attributions", "base_values"):
+        assert torch.equal(getattr(adapted(pixel_values), name), getattr(bare(pixel_values), name))
+    full = torch.ones(3, 1, 24, dtype=torch.bool)
+    for coalitions in (full, ~full):
+        found, expected = (model.coalition_values(pixel_values, coalitions) for model in (adapted, bare))
+        assert torch.equal(found, expected)
+    coalitions = sample_coalitions(3, 8, num_players=24, generator=torch.Generator().manual_seed(0))
+    found, expected = (model.coalition_values(pixel_values, coalitions) for model in (adapted, bare))
+    assert (found - expected).abs().amin(dim=-1).min() > 1e-6
+
+
+def test_adapters_start_at_nothing(backbone, pixel_values, tmp_path):
+    make_model(backbone).save_pretrained(tmp_path)
+    bare, adapted = (
+        SHAPLEY[backbone].from_pretrained(tmp_path, coalition_adapter_size=size).eval() for size in (0, 4)
+    )
+    assert len(adapted.coalition_adapters) == {"vit": 2, "convnext": 3}[backbone]
+    coalitions = sample_coalitions(3, 8, num_players=24, generator=torch.Generator().manual_seed(0))
+    found, expected = (model.coalition_values(pixel_values, coalitions) for model in (adapted, bare))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention):
     model = make_model("vit", attn_implementation=attention)
@@ -637,6 +667,7 @@ def test_attention_that_cannot_hide_players_is_refused(pixel_values):
         {"vote_readout": "pooled"},
         {"influence_layers": 0},
         {"influence_own_layers": -1},
+        {"coalition_adapter_size": -1},
         {"influence_own_layers": 13},
         {"vote_layers": -1},
         {"vote_gradient": 1.5},

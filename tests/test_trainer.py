@@ -79,10 +79,11 @@ def test_the_terms_are_the_formula_image_by_image(backbone, tmp_path):
 
 
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
-def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(backbone, readout, tmp_path):
+@pytest.mark.parametrize("adapters", ["none", "frozen", "learning"])
+def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(backbone, readout, adapters, tmp_path):
     head = {"attribution_head": "votes+influence", "vote_layers": 1, "influence_own_layers": 1}
-    model = make_model(backbone, vote_readout=readout, **head)
-    model.freeze_classifier()
+    model = make_model(backbone, vote_readout=readout, coalition_adapter_size=4 * (adapters != "none"), **head)
+    model.freeze_classifier(adapters=adapters == "frozen")
     pixels = batch_of(images(4))["pixel_values"]
     coalitions = sample_coalitions(4, 6, num_players=24, generator=torch.Generator().manual_seed(0))
 
@@ -93,10 +94,11 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
         return output.logits, model.coalition_values(pixels, coalitions), output.attributions
 
     before = played()
-    recipe = fine_tuning_recipe(1e-2)[1] | {"shapley_warmup": 0.0, "shapley_every": 2}
+    recipe = fine_tuning_recipe(1e-2, frozen=True)[1] | {"shapley_warmup": 0.0, "shapley_every": 2}
     make_trainer(tmp_path, model, num_train_epochs=3, weight_decay=0.1, **recipe).train()
     after = played()
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1]) == (adapters != "learning")
     assert (before[2] - after[2]).abs().max() > 1e-2
     torch.testing.assert_close(after[2].sum(1), after[0] - model.base_values)
 

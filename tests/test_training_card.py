@@ -55,7 +55,7 @@ def test_a_saved_model_has_a_card_with_results_and_recipe(tmp_path):
 
 
 def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
-    trainer = make_trainer(tmp_path, model={"attribution_head": "votes+influence"})
+    trainer = make_trainer(tmp_path, model={"attribution_head": "votes+influence", "coalition_adapter_size": 4})
     trainer.model.freeze_classifier()
     trainer.create_model_card()
     assert "classifier: frozen" in card_in(tmp_path).text

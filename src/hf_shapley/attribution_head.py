@@ -77,6 +77,32 @@ class ResidualMLP(nn.Module):
         return tokens + self.fc2(self.act(self.fc1(self.norm(tokens))))
 
 
+class CoalitionAdapter(nn.Module):
+    """What one layer's tokens need when players are absent, and nothing else does: it vanishes for the full image.
+
+    A token whose coalition lacks a share a of the players gets a * up(act(down(norm(x)) + a * shift)) on top: the
+    bottleneck of Houlsby et al. (arXiv:1902.00751), gated. So v(S) can learn while v(all), the classifier, stays what
+    it is to the bit. Starts at nothing.
+
+    Args:
+        hidden_size: D, width of the tokens.
+        size: width of the bottleneck.
+        hidden_act: its activation.
+    """
+
+    def __init__(self, hidden_size: int, size: int, hidden_act: str):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.down = nn.Linear(hidden_size, size)
+        self.shift = nn.Linear(1, size, bias=False)
+        self.act = ACT2FN[hidden_act]
+        self.up = ZeroLinear(size, hidden_size)
+
+    def forward(self, tokens: Tensor, absent: Tensor) -> Tensor:
+        """Tokens (..., D) and the share of players that their coalitions lack, (..., 1) -> (..., D)."""
+        return tokens + absent * self.up(self.act(self.down(self.norm(tokens)) + self.shift(absent)))
+
+
 class AttributionHead(nn.Module):
     """Patch tokens to votes and, with "votes+influence", to attributions that differ from votes by a zero-sum term.
 
@@ -172,6 +198,32 @@ class AttributionHead(nn.Module):
         for block in self.influence_blocks:
             tokens = block(tokens, grid)
         return self.influence_norm(tokens)
+
+
+def is_own_part(name: str) -> bool:
+    """Whether a parameter of this name is the attribution head's or a coalition adapter's, not the classifier's."""
+    return "attribution_head." in name or "coalition_adapters." in name
+
+
+def coalition_adapters(config: PreTrainedConfig, widths: Sequence[int]) -> nn.ModuleList:
+    """One adapter after each layer, of the layers' widths D; none with `coalition_adapter_size=0`."""
+    size = config.coalition_adapter_size
+    return nn.ModuleList(CoalitionAdapter(width, size, config.hidden_act) for width in widths if size)
+
+
+def absent_shares(members: Tensor, coalition_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The share of all players that each coalition lacks, and that each player's own lacks; 0 where none is absent.
+
+    Args:
+        members: bool (B', R, G, N).
+        coalition_ids: (B', R, N).
+        dtype: of the result.
+
+    Returns:
+        (B' R, G, 1), (B' R, N, 1).
+    """
+    absent = 1 - members.flatten(0, 1).float().mean(-1, keepdim=True).to(dtype)
+    return absent, absent.gather(1, coalition_ids.flatten(0, 1).unsqueeze(-1))
 
 
 def share_evenly(pooled: Tensor, members: Tensor) -> Tensor:
@@ -277,8 +329,13 @@ class ShapleyImageClassifierMixin:
             repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, token=kwargs.get("token"), **publishing)
 
-    def freeze_classifier(self) -> None:
-        """Let nothing but the influence head learn from here on: logits and values of coalitions stay what they are.
+    def freeze_classifier(self, adapters: bool = False) -> None:
+        """Let the influence head and the coalition adapters alone learn from here on: logits stay what they are.
+
+        Without adapters values of coalitions stay too, as they do with frozen ones.
+
+        Args:
+            adapters: freeze the coalition adapters as well.
 
         Raises:
             ValueError: with `attribution_head="votes"`, where attributions are what the classifier makes of patches.
@@ -289,6 +346,7 @@ class ShapleyImageClassifierMixin:
                 "the classifier's own and could not learn either. Load the checkpoint with that option."
             )
         self.requires_grad_(False)
+        self.coalition_adapters.requires_grad_(not adapters)
         for name, part in self.attribution_head.named_children():
             part.requires_grad_(name != "vote_blocks")
 

@@ -49,6 +49,8 @@ class ShapleyConfigMixin:
         vote_gradient: share of the gradient of the attributions that reaches the votes while training, 0 to 1;
             None means 1 for "votes" and 0 for "votes+influence". Logits are never affected.
         influence_gradient: share of the gradient of the influence head that reaches the backbone's tokens, 0 to 1.
+        coalition_adapter_size: width of the adapters after every layer that act where players are absent and not at
+            all on the full image: masked predictions can learn while the classifier stays what it is. 0 = none.
     """
 
     attribution_head: str = "votes"
@@ -59,6 +61,7 @@ class ShapleyConfigMixin:
     influence_own_layers: int = 0
     vote_gradient: float | int | None = None
     influence_gradient: float | int = 1.0
+    coalition_adapter_size: int = 0
 
     # Trainer's evaluation would otherwise gather every attribution of the data set (images x players x labels).
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
@@ -148,6 +151,7 @@ class ShapleyConfigMixin:
             )
         check_count(self.vote_layers, "vote_layers", 0)
         check_count(self.influence_own_layers, "influence_own_layers", 0)
+        check_count(self.coalition_adapter_size, "coalition_adapter_size", 0)
         check_count(self.influence_layers, "influence_layers", 0 if self.influence_own_layers else 1)
         if self.influence_own_layers > self._last_layers():
             raise ValueError(

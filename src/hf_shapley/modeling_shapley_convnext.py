@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextModel, ConvNextPreTrainedModel
 
-from .attribution_head import AttributionHead, ShapleyImageClassifierMixin, check_grid
+from .attribution_head import (
+    AttributionHead,
+    ShapleyImageClassifierMixin,
+    absent_shares,
+    check_grid,
+    coalition_adapters,
+)
 from .coalitions import sum_over_coalitions
 from .configuration_shapley import ShapleyConvNextConfig
 
@@ -84,6 +90,8 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         self.attribution_head = AttributionHead(
             config, hidden_size, lambda: InfluenceConvNextLayer(config, dim=hidden_size)
         )
+        widths = [width for stage, width in enumerate(config.hidden_sizes) for _ in range(config.depths[stage])]
+        self.coalition_adapters = coalition_adapters(config, widths)
         self.post_init()
 
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
@@ -160,14 +168,20 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         features = embeddings[:batch, None].expand(-1, structures, -1, -1, -1).flatten(0, 1)  # (B' R, C, H', W')
         grid = self._grid_of(embeddings)
         maps = members.flatten(0, 1).unflatten(-1, grid)  # (B' R, G, h, w)
+        adapters = iter(self.coalition_adapters)
         for stage in self.convnext.encoder.stages:
             for layer in stage.downsampling_layer:
                 features = layer(features)
             scale = features.shape[-1] // grid[1]
-            masks = maps.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
-            masks = masks.transpose(0, 1).unsqueeze(-1).to(features.dtype)  # (G, B' R, H', W', 1)
+            masks = _enlarged(maps, scale).transpose(0, 1).unsqueeze(-1).to(features.dtype)  # (G, B' R, H', W', 1)
+            absent = None
+            if self.coalition_adapters:
+                absent = absent_shares(members, coalition_ids, features.dtype)[1].unflatten(1, grid)
+                absent = _enlarged(absent.squeeze(-1), scale).unsqueeze(-1)  # (B' R, H', W', 1)
             for layer in stage.layers:
                 features = layer(features, masks)
+                if absent is not None:
+                    features = next(adapters)(features.permute(0, 2, 3, 1), absent).permute(0, 3, 1, 2)
         if self.attribution_head.pooled:
             return self._pooled(features.flatten(2).transpose(1, 2).unflatten(0, (batch, structures)), members)
         return self._normed(features).unflatten(0, (batch, structures))
@@ -187,6 +201,11 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
 
     def _cast(self, pixel_values: Tensor) -> Tensor:
         return pixel_values.to(self.convnext.embeddings.patch_embeddings.weight.dtype)
+
+
+def _enlarged(maps: Tensor, scale: int) -> Tensor:
+    """(..., h, w) -> (..., scale h, scale w), each entry repeated."""
+    return maps.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
 
 
 ShapleyConvNextForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -8,7 +8,13 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import ViTLayer, ViTModel, ViTPreTrainedModel, eager_attention_forward
 
-from .attribution_head import AttributionHead, ShapleyImageClassifierMixin, check_grid
+from .attribution_head import (
+    AttributionHead,
+    ShapleyImageClassifierMixin,
+    absent_shares,
+    check_grid,
+    coalition_adapters,
+)
 from .configuration_shapley import ShapleyViTConfig
 
 # What can hide players from each other; others would ignore the mask, and hidden pixels would leak.
@@ -123,6 +129,7 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
             layer.__class__ = ShapleyViTLayer  # the same weights, under the same names
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.attribution_head = AttributionHead(config, config.hidden_size, lambda: InfluenceViTLayer(config))
+        self.coalition_adapters = coalition_adapters(config, [config.hidden_size] * config.num_hidden_layers)
         self.post_init()
 
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
@@ -219,9 +226,12 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         cls_ids = torch.arange(num_coalitions, device=members.device).expand(batch, structures, -1)
         token_ids = cat([cls_ids, coalition_ids], dim=2).flatten(0, 1)  # (B' R, G + N)
         mask = self._coalition_mask(tokens, token_ids)
+        absent = None
+        if self.coalition_adapters:
+            absent = cat(absent_shares(members, coalition_ids, tokens.dtype), dim=1)  # (B' R, G + N, 1)
         if self.attribution_head.pooled:
-            return self._encode(tokens, mask, num_coalitions).unflatten(0, (batch, structures))
-        return self._encode(tokens, mask)[:, num_coalitions:].unflatten(0, (batch, structures))
+            return self._encode(tokens, mask, num_coalitions, absent=absent).unflatten(0, (batch, structures))
+        return self._encode(tokens, mask, absent=absent)[:, num_coalitions:].unflatten(0, (batch, structures))
 
     def _coalition_mask(self, tokens: Tensor, token_ids: Tensor):
         """What the attention backend needs to keep tokens (B, T, D) of different ids (B, T) apart."""
@@ -245,12 +255,18 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         num_queries: int | None = None,
         num_layers: int = 0,
         num_images: int | None = None,
+        absent: Tensor | None = None,
     ) -> Tensor:
-        """All layers, or the last `num_layers`, and the final norm; the last layer for the first tokens alone."""
-        *others, last = self.vit.layers[-num_layers:]
-        for layer in others:
-            tokens = layer(tokens, mask, None, num_images)
-        return self.vit.layernorm(last(tokens, mask, num_queries, num_images))
+        """All layers, or the last `num_layers`, and the final norm; the last layer for the first tokens alone.
+
+        With `absent`, the share of players that each token's coalition lacks, (B, T, 1), the adapters act.
+        """
+        layers = self.vit.layers[-num_layers:]
+        for index, layer in enumerate(layers):
+            tokens = layer(tokens, mask, num_queries if index == len(layers) - 1 else None, num_images)
+            if absent is not None:
+                tokens = self.coalition_adapters[index](tokens, absent[:, : tokens.shape[1]])
+        return self.vit.layernorm(tokens)
 
 
 def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:

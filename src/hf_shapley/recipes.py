@@ -5,7 +5,7 @@ from typing import Any
 from .checks import check_number
 
 
-def fine_tuning_recipe(learning_rate: float = 5e-5) -> tuple[dict[str, Any], dict[str, Any]]:
+def fine_tuning_recipe(learning_rate: float = 5e-5, *, frozen: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """What to set to fine-tune a plain checkpoint: its predictions are kept, and little is asked of its backbone.
 
         model_options, training_options = fine_tuning_recipe(learning_rate=5e-5)
@@ -15,6 +15,8 @@ def fine_tuning_recipe(learning_rate: float = 5e-5) -> tuple[dict[str, Any], dic
     Args:
         learning_rate: what the backbone is fine-tuned with, above 0. The attribution head, whose weights are new,
             learns at eight times that.
+        frozen: for a classifier that `freeze_classifier` keeps as it is: adapters let predictions for masked images
+            learn without it.
 
     Returns:
         Options of the configuration, for `from_pretrained`, and arguments of `ShapleyTrainingArguments`.
@@ -40,4 +42,14 @@ def fine_tuning_recipe(learning_rate: float = 5e-5) -> tuple[dict[str, Any], dic
         "shapley_fraction": 0.75,
         "value_gradient_fraction": 1 / 3,
     }
+    if frozen:
+        model_options["coalition_adapter_size"] = 64
+        # Nothing here costs accuracy, so every image learns. The even part would pull masked predictions towards the
+        # middle of v(all) and v(empty), which is not theirs to move.
+        training_options |= {
+            "even_weight": 0.0,
+            "value_gradient": 0.03,
+            "shapley_fraction": 1.0,
+            "value_gradient_fraction": 0.25,
+        }
     return model_options, training_options

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from .attribution_head import ShapleyImageClassifierOutput, scale_gradient
+from .attribution_head import ShapleyImageClassifierOutput, is_own_part, scale_gradient
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
 from .checks import check_count, check_number
 from .coalitions import coalitions_to_ids, sample_coalitions
@@ -65,7 +65,8 @@ class ShapleyTrainingArguments(TrainingArguments):
     attribution_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the attribution head's own weights, which start new; default that of all."
+            "help": "Learning rate of the attribution head and coalition adapters, whose weights start new; default "
+            "that of all."
         },
     )
 
@@ -114,6 +115,8 @@ class ShapleyTrainer(Trainer):
                 f"`model` must be a Shapley image classifier, got {type(model).__name__}: load the checkpoint with "
                 "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification."
             )
+        if args.shapley_every > 1 and getattr(getattr(model, "config", None), "coalition_adapter_size", 0):
+            args.ddp_find_unused_parameters = True  # steps without coalitions leave the adapters out
         super().__init__(model, args, **kwargs)
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = defaultdict(int)
@@ -126,7 +129,7 @@ class ShapleyTrainer(Trainer):
         if self.args.attribution_learning_rate is None or not is_new:
             return optimizer
         named = (self.model if model is None else model).named_parameters()
-        head = {id(parameter) for name, parameter in named if "attribution_head." in name}
+        head = {id(parameter) for name, parameter in named if is_own_part(name)}
         for group in list(optimizer.param_groups):
             mine = [parameter for parameter in group["params"] if id(parameter) in head]
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]

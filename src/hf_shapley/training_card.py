@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from .attribution_head import is_own_part
 from .hub import label_names
 from .model_card import ShapleyModelCardData, render_model_card
 
@@ -128,7 +129,7 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
     own = [argument.name for argument in fields(trainer.args) if argument.name not in stock]
     settings = {name: getattr(trainer.args, name) for name in (*RECIPE, *own)}
     parameters = trainer.model.named_parameters()
-    frozen = not any(parameter.requires_grad for name, parameter in parameters if "attribution_head." not in name)
+    frozen = not any(parameter.requires_grad for name, parameter in parameters if not is_own_part(name))
     return {
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,

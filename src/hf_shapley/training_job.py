@@ -26,6 +26,7 @@ from transformers import (
     ViTImageProcessorPil,
     set_seed,
 )
+from transformers.hf_argparser import string_to_bool
 
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .digits import digits_dataset, label_maps
@@ -48,6 +49,7 @@ HEAD_OPTIONS = (
     "influence_layers",
     "influence_own_layers",
     "influence_gradient",
+    "coalition_adapter_size",
 )
 
 # What suits the digits from scratch; a checkpoint or another data set starts from TrainingArguments' own defaults.
@@ -88,11 +90,14 @@ class ModelArguments:
     influence_gradient: float | None = field(
         default=None, metadata={"help": "Share of the influence head's gradient that reaches the backbone."}
     )
+    coalition_adapter_size: int | None = field(
+        default=None, metadata={"help": "Width of the adapters that act where patches are absent only; 0 = none."}
+    )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Start with a new classifier where the checkpoint's has other labels."}
     )
     freeze_classifier: bool = field(
-        default=False, metadata={"help": "Train the influence head alone: predictions stay what they are."}
+        default=False, metadata={"help": "Train influence head and adapters alone: predictions stay what they are."}
     )
     backbone: str = field(default="convnext", metadata={"help": "From scratch: 'vit' or 'convnext'."})
     image_size: int = field(
@@ -156,6 +161,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Sha
     else:
         few = ArgumentParser(add_help=False, allow_abbrev=False)
         few.add_argument("--learning_rate", default=SUPPRESS, type=float)
+        few.add_argument("--freeze_classifier", default=SUPPRESS, type=string_to_bool, nargs="?", const=True)
         for name in ("model", "dataset", "revision", *HEAD_OPTIONS):
             few.add_argument(f"--{name}", default=SUPPRESS)
         parser.set_defaults(**_suited_defaults(vars(few.parse_known_args(argv)[0])))
@@ -175,7 +181,8 @@ def _suited_defaults(given: dict[str, Any]) -> dict[str, Any]:
         return {}
     if _model_type(given["model"], given.get("revision", "main")) not in FAMILIES:
         return {}
-    model_options, training_options = fine_tuning_recipe(float(given.get("learning_rate", 5e-5)))
+    rate, frozen = float(given.get("learning_rate", 5e-5)), bool(given.get("freeze_classifier"))
+    model_options, training_options = fine_tuning_recipe(rate, frozen=frozen)
     return model_options | training_options
 
 
