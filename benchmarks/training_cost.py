@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
 
 RECIPE_HEAD, RECIPE = fine_tuning_recipe()
+FROZEN_HEAD, FROZEN = fine_tuning_recipe(frozen=True)
 VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model options)
     "joint": ({}, {}),
     "joint, half of the batch": ({"shapley_fraction": 0.5}, {}),
@@ -26,6 +27,7 @@ VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model
     "joint, v(S) detached": ({"value_gradient": 0.0}, {}),
     "joint, influence head": ({}, {"attribution_head": "votes+influence"}),
     "fine_tuning_recipe": (RECIPE, RECIPE_HEAD),
+    "fine_tuning_recipe, frozen": (FROZEN, FROZEN_HEAD),
 }
 GOALS = {"vit": 2.05, "convnext": 2.2}
 
@@ -83,7 +85,10 @@ def measure(shape: str, batch_size: int, repeats: int, variants: list[str]) -> d
         steps = {"plain": plain}
         for name in variants:
             args, options = VARIANTS[name]
-            steps[name] = joint_step(build(shape, **options).train(), inputs, folder, **args)
+            model = build(shape, **options).train()
+            if name.endswith("frozen"):
+                model.freeze_classifier()
+            steps[name] = joint_step(model, inputs, folder, **args)
         # The process takes its memory over the first steps, which would count as the larger step's cost.
         times = interleave(steps, repeats=repeats, warmup=4)
     for name in variants:

@@ -10,7 +10,8 @@ The real thing: a fine-tuned checkpoint, and the data set it was fine-tuned on, 
         --model nateraw/vit-base-beans --dataset AI-Lab-Makerere/beans --label_column labels \
         --epochs 10 --learning_rate 2e-5 --output outputs/beans
 
-With the settings of `fine_tuning_recipe` a plain checkpoint loads with its predictions unchanged. The table shows
+With the settings of `fine_tuning_recipe` a plain checkpoint loads with its predictions unchanged, and with
+`--freeze_classifier` they stay so: only the explanation, and what masked pictures need, is learned. The table shows
 three models: the plain one, its weights as a Shapley model before any training, and after.
 The error is the mean squared distance of the attributions to the exact Shapley values, over the variance of those.
 """
@@ -139,6 +140,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--certified_images", type=int, default=16, help="pictures whose attributions are checked")
     parser.add_argument("--budget", type=int, default=1024, help="coalitions per picture checked")
+    parser.add_argument("--freeze_classifier", action="store_true", help="keep the checkpoint's predictions")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/finetuned"), help="folder of the models")
     return parser.parse_args(argv)
 
@@ -151,8 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.model or make_plain_checkpoint(splits, options.output / "plain", options.plain_epochs)
     processor = AutoImageProcessor.from_pretrained(path)
     plain = AutoModelForImageClassification.from_pretrained(path)
-    model_options, training_options = fine_tuning_recipe(options.learning_rate)
+    model_options, training_options = fine_tuning_recipe(options.learning_rate, frozen=options.freeze_classifier)
     model = SHAPLEY_MODELS[AutoConfig.from_pretrained(path).model_type].from_pretrained(path, **model_options)
+    if options.freeze_classifier:
+        model.freeze_classifier()
 
     columns = options.image_column, options.label_column
     training = settings(options.output / "shapley", options.epochs, options.learning_rate, options.batch_size)
@@ -176,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {"plain checkpoint": row(stock_trainer), "loaded as Shapley model": row(trainer)}
     trainer.train()
     trainer.save_model()
-    rows["fine-tuned jointly"] = row(trainer)
+    rows["explained while frozen" if options.freeze_classifier else "fine-tuned jointly"] = row(trainer)
 
     print(f"\n{'':<26}{'accuracy':>10}{'error of attributions':>24}")
     for name, (share, error) in rows.items():

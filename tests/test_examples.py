@@ -123,11 +123,14 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
     model, _ = training_job.load_model(model_args, ["a", "b"])
     assert {name: getattr(model.config, name) for name in model_options} == model_options
     assert model.classifier.weight.requires_grad
-    frozen = training_job.parse_arguments([*arguments, "--freeze_classifier"])[0]
-    learning = {
-        name for name, p in training_job.load_model(frozen, ["a", "b"])[0].named_parameters() if p.requires_grad
-    }
-    assert learning == {name for name, _ in model.named_parameters() if name.startswith("attribution_head.")}
+    model_options, training_options = fine_tuning_recipe(2e-3, frozen=True)
+    frozen, _, args = training_job.parse_arguments([*arguments, "--freeze_classifier"])
+    assert {name: getattr(args, name) for name in training_options} == training_options
+    model, _ = training_job.load_model(frozen, ["a", "b"])
+    assert {name: getattr(model.config, name) for name in model_options} == model_options
+    learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == {"attribution_head", "coalition_adapters"}
+    assert all(parameter.requires_grad for parameter in model.attribution_head.parameters())
     with pytest.raises(ValueError, match=r"freeze_classifier.*checkpoint with `--model`"):
         training_job.ModelArguments(freeze_classifier=True)
     with pytest.raises(ValueError, match=r"freeze_classifier.*ignore_mismatched_sizes"):
@@ -177,11 +180,23 @@ def test_faithfulness_is_measured_for_the_model_and_its_rivals(checkpoint, tmp_p
     assert results["certificate"]["images"] == 4
 
 
-def test_fine_tuning_a_plain_checkpoint_compares_three_models(tmp_path):
-    arguments = ["--plain_epochs", "1", "--epochs", "1", "--certified_images", "3", "-o", "out"]
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fine_tuning_a_plain_checkpoint_compares_three_models(frozen, tmp_path):
+    arguments = [
+        *["--freeze_classifier"] * frozen,
+        "--plain_epochs",
+        "1",
+        "--epochs",
+        "1",
+        "--certified_images",
+        "3",
+        "-o",
+        "out",
+    ]
     text = run("finetune_from_plain_checkpoint.py", *arguments, folder=tmp_path)
     rows = dict(re.findall(r"^(\w[\w -]+?) {2,}([\d.]+) +[-\d.]+$", text, flags=re.MULTILINE))
-    assert list(rows) == ["plain checkpoint", "loaded as Shapley model", "fine-tuned jointly"]
+    last = "explained while frozen" if frozen else "fine-tuned jointly"
+    assert list(rows) == ["plain checkpoint", "loaded as Shapley model", last]
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "plain").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "plain")
     test = digits_dataset()["test"]
@@ -190,6 +205,7 @@ def test_fine_tuning_a_plain_checkpoint_compares_three_models(tmp_path):
     expected = (logits.argmax(-1) == torch.tensor(test["label"][:])).float().mean().item()
     assert float(rows["plain checkpoint"]) == pytest.approx(expected, abs=1e-4)
     assert rows["loaded as Shapley model"] == rows["plain checkpoint"]  # its predictions are kept
+    assert (rows[last] == rows["plain checkpoint"]) == frozen
     tuned = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "shapley")
     assert tuned.config.model_type == "shapley-vit" and tuned.config.vote_readout == "pooled"
 
