@@ -11,10 +11,14 @@ import hf_shapley
 INTERNAL_MODULES = {"checks", "cli", "demo", "evaluation_job", "files", "training_card", "training_job"}
 INTERNAL = {
     "attribution_head": {
+        "CoalitionAdapter",
         "ResidualMLP",
         "ShapleyImageClassifierMixin",
         "ZeroLinear",
+        "absent_shares",
         "check_grid",
+        "coalition_adapters",
+        "is_own_part",
         "scale_gradient",
         "share_evenly",
         "sums_of_linear",
