@@ -214,11 +214,14 @@ def test_the_sentence_on_cifar10_is_that_of_its_result_files():
         assert f"means of {len(points)} seeds" in sentence
 
 
-def test_the_recommended_recipe_is_one_that_was_measured():
-    files = list((RESULTS / "recipe_study").rglob("vit-fine-tuning-a_third_learns_through_v(S)-seed*.json"))
-    assert len(files) > 2
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_recommended_recipe_is_one_that_was_measured(frozen):
+    name = "plain-then_frozen_with_adapters" if frozen else "fine-tuning-a_third_learns_through_v(S)"
+    files = list((RESULTS / "recipe_study").rglob(f"*-{name}-seed*.json"))
+    assert len(files) > 1
     for found in (json.loads(path.read_text()) for path in files):
-        model_options, training_options = fine_tuning_recipe(found["settings"]["learning_rate"])
+        assert found.get("frozen", False) == frozen
+        model_options, training_options = fine_tuning_recipe(found["settings"]["learning_rate"], frozen=frozen)
         assert model_options.items() <= found["config"].items()
         assert training_options.pop("learning_rate") == found["settings"]["learning_rate"]
         assert training_options == {key: value for key, value in found["training"].items() if key != "shapley_weight"}

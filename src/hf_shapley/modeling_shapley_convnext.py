@@ -169,19 +169,18 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         grid = self._grid_of(embeddings)
         maps = members.flatten(0, 1).unflatten(-1, grid)  # (B' R, G, h, w)
         adapters = iter(self.coalition_adapters)
+        if self.coalition_adapters:
+            absent = absent_shares(members, coalition_ids, features.dtype)[1].view(-1, *grid)  # (B' R, h, w)
         for stage in self.convnext.encoder.stages:
             for layer in stage.downsampling_layer:
                 features = layer(features)
             scale = features.shape[-1] // grid[1]
             masks = _enlarged(maps, scale).transpose(0, 1).unsqueeze(-1).to(features.dtype)  # (G, B' R, H', W', 1)
-            absent = None
-            if self.coalition_adapters:
-                absent = absent_shares(members, coalition_ids, features.dtype)[1].unflatten(1, grid)
-                absent = _enlarged(absent.squeeze(-1), scale).unsqueeze(-1)  # (B' R, H', W', 1)
             for layer in stage.layers:
                 features = layer(features, masks)
-                if absent is not None:
-                    features = next(adapters)(features.permute(0, 2, 3, 1), absent).permute(0, 3, 1, 2)
+                if self.coalition_adapters:
+                    shares = _enlarged(absent, scale).unsqueeze(-1)  # (B' R, H', W', 1)
+                    features = next(adapters)(features.permute(0, 2, 3, 1), shares).permute(0, 3, 1, 2)
         if self.attribution_head.pooled:
             return self._pooled(features.flatten(2).transpose(1, 2).unflatten(0, (batch, structures)), members)
         return self._normed(features).unflatten(0, (batch, structures))

@@ -44,12 +44,7 @@ def fine_tuning_recipe(learning_rate: float = 5e-5, *, frozen: bool = False) -> 
     }
     if frozen:
         model_options["coalition_adapter_size"] = 64
-        # Nothing here costs accuracy, so every image learns. The even part would pull masked predictions towards the
-        # middle of v(all) and v(empty), which is not theirs to move.
-        training_options |= {
-            "even_weight": 0.0,
-            "value_gradient": 0.03,
-            "shapley_fraction": 1.0,
-            "value_gradient_fraction": 0.25,
-        }
+        del training_options["shapley_fraction"]  # nothing here costs accuracy: every image learns
+        # The even part would pull masked predictions to the middle of v(all) and v(empty), which do not move.
+        training_options |= {"even_weight": 0.0, "value_gradient": 0.03, "value_gradient_fraction": 0.25}
     return model_options, training_options
