@@ -149,6 +149,12 @@ RECIPES = {
     "plain, then frozen with adapters": Recipe(
         FROZEN, _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64), frozen=True, start="plain/model"
     ),
+    "plain, then frozen with adapters, values 0.1": Recipe(
+        FROZEN | dict(value_gradient=0.1),
+        _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64),
+        frozen=True,
+        start="plain/model",
+    ),
     "plain, then frozen with adapters, four pairs, then the head alone": Recipe(
         FROZEN | dict(num_pairs=4, value_gradient_fraction=0.125),
         _pooled(influence_own_layers=1, coalition_adapter_size=64),

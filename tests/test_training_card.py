@@ -58,7 +58,7 @@ def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
     trainer = make_trainer(tmp_path, model={"attribution_head": "votes+influence", "coalition_adapter_size": 4})
     trainer.model.freeze_classifier()
     trainer.create_model_card()
-    assert "classifier: frozen" in card_in(tmp_path).text
+    assert "coalition adapter size: 4, classifier: frozen" in card_in(tmp_path).text
 
 
 def test_checkpoints_on_the_way_have_no_card(tmp_path):

@@ -134,6 +134,7 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
         "attribution_head": trainer.model.config.attribution_head,
+        **({"coalition_adapter_size": adapters} if (adapters := trainer.model.config.coalition_adapter_size) else {}),
         **({"classifier": "frozen"} if frozen else {}),
         **{name: getattr(value, "value", value) for name, value in settings.items()},
     }
