@@ -456,12 +456,12 @@ def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(atte
 # Loading and saving
 
 
-@pytest.mark.parametrize("offloaded", ["embeddings", "layers", "classifier", "attribution_head"])
+@pytest.mark.parametrize("offloaded", ["embeddings", "layers", "classifier", "attribution_head", "coalition_adapters"])
 def test_layers_may_be_offloaded_and_the_head_says_that_it_may_not(backbone, offloaded, pixel_values, tmp_path):
-    model = make_model(backbone, **fine_tuning_recipe()[0])
+    model = make_model(backbone, **fine_tuning_recipe(frozen=True)[0])
     model.save_pretrained(tmp_path / "model")
     parts = [f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_children()]
-    device_map = dict.fromkeys([*parts, "classifier", "attribution_head"], "cpu")
+    device_map = dict.fromkeys([*parts, "classifier", "attribution_head", "coalition_adapters"], "cpu")
     names = {part.split(".")[-1].replace("encoder", "layers"): part for part in device_map}
     device_map[names[offloaded]] = "disk"
     loaded = type(model).from_pretrained(
@@ -473,6 +473,8 @@ def test_layers_may_be_offloaded_and_the_head_says_that_it_may_not(backbone, off
             loaded.explain(pixel_values)
     else:
         torch.testing.assert_close(loaded.explain(pixel_values), model.explain(pixel_values), atol=1e-6, rtol=1e-5)
+        found, expected = (played.coalition_values(pixel_values, draw()) for played in (loaded, model))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values, tmp_path):
