@@ -98,6 +98,8 @@ def grad_cam(case: Case) -> Tensor:
         hook.remove()
     (gradient,) = torch.autograd.grad(score, kept[0])
     tokens = kept[0].detach()
+    if tokens.ndim == 2:  # with the pooled readout: the images' rows, and the empty coalition's CLS
+        tokens, gradient = (x[:-1].unflatten(0, (len(case.pixels), -1)) for x in (tokens, gradient))
     if tokens.ndim == 4:  # ConvNeXt: (B, C, h, w)
         tokens, gradient = (x.flatten(2).transpose(1, 2) for x in (tokens, gradient))
     else:  # ViT: CLS is no patch

@@ -194,21 +194,34 @@ def test_the_comparison_with_two_stages_is_that_of_its_result_file():
         assert f"{100 * accuracy:.2f} %" in page
 
 
+def runs_of(folder: Path, recipe: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob(f"vit-{recipe}-seed*.json"))]
+
+
+def certified(runs: list[dict]) -> list[str]:
+    """Correlation and error, means over seeds as README writes them."""
+    return [f"{mean(run['certificate'][name] for run in runs):.3f}" for name in ("correlation", "error_ratio")]
+
+
 def cifar10_numbers(setting: str, recipe: str) -> tuple[list[str], list[float]]:
     """Accuracies (plain, joint), correlation and error, means over seeds as README writes them; the differences."""
     folder = RESULTS / "recipe_study" / setting
-    joint = [json.loads(path.read_text()) for path in sorted(folder.glob(f"vit-{recipe}-seed*.json"))]
+    joint = runs_of(folder, recipe)
     plain = [json.loads((folder / f"vit-plain-seed{run['settings']['seed']}.json").read_text()) for run in joint]
     texts = [f"{100 * mean(run['accuracy'] for run in runs):.2f} %" for runs in (plain, joint)]
-    texts += [f"{mean(run['certificate'][name] for run in joint):.3f}" for name in ("correlation", "error_ratio")]
-    return texts, [100 * (ours["accuracy"] - other["accuracy"]) for ours, other in zip(joint, plain, strict=True)]
+    return texts + certified(joint), [
+        100 * (ours["accuracy"] - other["accuracy"]) for ours, other in zip(joint, plain, strict=True)
+    ]
 
 
 def test_the_sentence_on_cifar10_is_that_of_its_result_files():
     sentence = " ".join(README[README.index("On CIFAR-10") : README.index("[Choosing a recipe]")].split())
     from_scratch, differences = cifar10_numbers("vit_5000_images_from_scratch", "influence-votes_1-values_1")
     fine_tuned, others = cifar10_numbers("vit_fine_tuned_8_epochs", "pooled-own_layer-four_pairs-then_the_head_alone")
-    assert re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence) == from_scratch + fine_tuned
+    name = "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone"
+    frozen = runs_of(RESULTS / "recipe_study", name)
+    assert re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence) == from_scratch + fine_tuned + certified(frozen)
+    assert sentence.endswith(f"(means of {len(frozen)} seeds). ".strip())
     for points in (differences, others):
         assert f"difference {mean(points):.2f} points, standard deviation {stdev(points):.2f}" in sentence
         assert f"means of {len(points)} seeds" in sentence
