@@ -50,7 +50,11 @@ def test_the_cost_of_a_step_is_that_of_its_result_file():
         vit, convnext = (found[name][variant]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny"))
         assert re.search(rf"{vit:.2f} (plain steps for ViT-Ti/16 )?and {convnext:.2f}", README)
     found = json.loads((RESULTS / "training_cost_fine_tuning.json").read_text())["models"]
-    costs = [found[name]["fine_tuning_recipe"]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny")]
+    costs, frozen = (
+        [found[name][recipe]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny")]
+        for recipe in ("fine_tuning_recipe", "fine_tuning_recipe, frozen")
+    )
+    assert "with its `frozen=True` {:.2f} and {:.2f}".format(*frozen) in " ".join(README.split())
     found = json.loads((RESULTS / "explain_latency.json").read_text())["models"]
     costs += [
         found[name]["batch 8"]["explained, fine_tuning_recipe"]["wall_ratio"] for name in ("vit-base", "convnext-tiny")
@@ -146,7 +150,11 @@ def test_the_recipe_page_quotes_its_tables():
 
 @pytest.mark.parametrize(
     ("name", "title"),
-    [("cifar10", "### From scratch on few images"), ("cifar10_fine_tuned", "### A plain ViT, fine-tuned")],
+    [
+        ("cifar10", "### From scratch on few images"),
+        ("cifar10_fine_tuned", "### A plain ViT, fine-tuned"),
+        ("cifar10_frozen", "### A plain ViT, frozen"),
+    ],
 )
 def test_the_comparison_on_cifar10_is_that_of_its_result_file(name, title):
     found = json.loads((RESULTS / f"faithfulness_{name}.json").read_text())
