@@ -182,17 +182,9 @@ def test_faithfulness_is_measured_for_the_model_and_its_rivals(checkpoint, tmp_p
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_fine_tuning_a_plain_checkpoint_compares_three_models(frozen, tmp_path):
-    arguments = [
-        *["--freeze_classifier"] * frozen,
-        "--plain_epochs",
-        "1",
-        "--epochs",
-        "1",
-        "--certified_images",
-        "3",
-        "-o",
-        "out",
-    ]
+    arguments = ["--plain_epochs", "1", "--epochs", "1", "--certified_images", "3", "-o", "out"]
+    if frozen:
+        arguments.append("--freeze_classifier")
     text = run("finetune_from_plain_checkpoint.py", *arguments, folder=tmp_path)
     rows = dict(re.findall(r"^(\w[\w -]+?) {2,}([\d.]+) +[-\d.]+$", text, flags=re.MULTILINE))
     last = "explained while frozen" if frozen else "fine-tuned jointly"

@@ -13,8 +13,8 @@ def fine_tuning_recipe(learning_rate: float = 5e-5, *, frozen: bool = False) -> 
         args = ShapleyTrainingArguments("explained", num_train_epochs=8, **training_options)
 
     Args:
-        learning_rate: what the backbone is fine-tuned with, above 0. The attribution head, whose weights are new,
-            learns at eight times that.
+        learning_rate: what the backbone is fine-tuned with, above 0. The attribution head and adapters, whose
+            weights are new, learn at eight times that.
         frozen: for a classifier that `freeze_classifier` keeps as it is: adapters let predictions for masked images
             learn without it.
 
