@@ -162,6 +162,13 @@ RECIPES = {
         frozen=True,
         start="plain/model",
     ),
+    "plain, then frozen with adapters, four pairs, four own layers, then the head alone, longer": Recipe(
+        FROZEN | dict(num_pairs=4, value_gradient_fraction=0.125),
+        _pooled(influence_own_layers=4, coalition_adapter_size=64),
+        head_epochs=16,
+        frozen=True,
+        start="plain/model",
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
     # What follows differs from "fine-tuning" in one thing each; `fine_tuning_recipe` is "a third learns through v(S)".
