@@ -66,7 +66,7 @@ def build(shape: str, *, plain: bool = False, seed: int = 0, **options) -> nn.Mo
 
 
 def machine() -> dict:
-    """Processor, cores, threads, memory and load of this machine, and its GPU if there is one."""
+    """Processor, cores, threads, memory and load of this machine, allocator settings, and its GPU if there is one."""
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -79,6 +79,11 @@ def machine() -> dict:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "system": platform.platform(),
+        "allocator": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("MALLOC_") or name in ("LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
+        },
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -165,7 +165,7 @@ RECIPES = {
     "plain, then frozen with adapters, four pairs, four own layers, then the head alone, longer": Recipe(
         FROZEN | dict(num_pairs=4, value_gradient_fraction=0.125),
         _pooled(influence_own_layers=4, coalition_adapter_size=64),
-        head_epochs=16,
+        head_epochs=12,
         frozen=True,
         start="plain/model",
     ),

@@ -49,18 +49,22 @@ def test_the_cost_of_a_step_is_that_of_its_result_file():
     for variant in ("joint", "joint, quarter learns through v(S)"):
         vit, convnext = (found[name][variant]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny"))
         assert re.search(rf"{vit:.2f} (plain steps for ViT-Ti/16 )?and {convnext:.2f}", README)
-    found = json.loads((RESULTS / "training_cost_fine_tuning.json").read_text())["models"]
-    costs, frozen = (
-        [found[name][recipe]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny")]
-        for recipe in ("fine_tuning_recipe", "fine_tuning_recipe, frozen")
-    )
-    assert "with its `frozen=True` {:.2f} and {:.2f}".format(*frozen) in " ".join(README.split())
+    text = " ".join(README.split())
+    costs = []
+    for name in ("training_cost_fine_tuning", "training_cost_fine_tuning_memory_kept"):
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        assert bool(found["machine"]["allocator"]) == name.endswith("kept")
+        for variant in ("fine_tuning_recipe", "fine_tuning_recipe, frozen"):
+            costs += [found["models"][model][variant]["wall_ratio"] for model in ("vit-tiny", "convnext-tiny")]
+    assert "a step costs {:.2f} and {:.2f}, with its `frozen=True` {:.2f} and {:.2f};".format(*costs[:4]) in text
+    assert "{:.2f} and {:.2f}, {:.2f} and {:.2f} where the C library".format(*costs[4:]) in text
+    page = " ".join((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8").split())
+    assert f"falls from {costs[1]:.2f} to {costs[5]:.2f} plain steps" in page
     found = json.loads((RESULTS / "explain_latency.json").read_text())["models"]
-    costs += [
+    costs = [
         found[name]["batch 8"]["explained, fine_tuning_recipe"]["wall_ratio"] for name in ("vit-base", "convnext-tiny")
     ]
-    assert "With `fine_tuning_recipe` a step costs {:.2f} and {:.2f}".format(*costs[:2]) in " ".join(README.split())
-    assert "takes {:.2f} plain forwards for ViT-B/16 and {:.2f}".format(*costs[2:]) in " ".join(README.split())
+    assert "takes {:.2f} plain forwards for ViT-B/16 and {:.2f}".format(*costs) in text
 
 
 def test_the_page_on_reliability_says_what_its_result_files_say():
