@@ -103,6 +103,21 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
     torch.testing.assert_close(after[2].sum(1), after[0] - model.base_values)
 
 
+@pytest.mark.parametrize(
+    ("every", "adapter_size", "from_init", "wanted"),
+    [(2, 4, False, True), (2, 4, True, True), (2, 0, False, False), (1, 4, False, False), (1, 4, True, False)],
+)
+def test_processes_look_for_unused_parameters_only_where_steps_leave_adapters_out(
+    tmp_path, every, adapter_size, from_init, wanted
+):
+    def build():
+        return make_model("vit", coalition_adapter_size=adapter_size)
+
+    args = ShapleyTrainingArguments(str(tmp_path), use_cpu=True, shapley_every=every)
+    trainer = ShapleyTrainer(args=args, **({"model_init": build} if from_init else {"model": build()}))
+    assert trainer.accelerator.ddp_handler.find_unused_parameters is wanted
+
+
 def test_freezing_the_classifier_of_attributions_that_are_its_own_is_refused(backbone):
     with pytest.raises(ValueError, match=r"needs `attribution_head='votes\+influence'`, got 'votes'"):
         make_model(backbone).freeze_classifier()

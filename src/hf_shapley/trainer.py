@@ -115,8 +115,9 @@ class ShapleyTrainer(Trainer):
                 f"`model` must be a Shapley image classifier, got {type(model).__name__}: load the checkpoint with "
                 "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification."
             )
-        if args.shapley_every > 1 and getattr(getattr(model, "config", None), "coalition_adapter_size", 0):
-            args.ddp_find_unused_parameters = True  # steps without coalitions leave the adapters out
+        # Steps without coalitions leave adapters out; the accelerator asks before `model_init` says if there are any.
+        if args.shapley_every > 1 and (model is None or getattr(model.config, "coalition_adapter_size", 0)):
+            args.ddp_find_unused_parameters = True
         super().__init__(model, args, **kwargs)
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = defaultdict(int)
