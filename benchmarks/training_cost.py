@@ -111,7 +111,9 @@ def main() -> None:
     for shape in args.models:
         tables[shape] = measure(shape, args.batch_size, args.repeats, args.variants)
         goal = GOALS[shape.split("-")[0]]
-        print_table(f"{shape}, batch {args.batch_size}, 224 x 224 (goal: at most {goal}x)", tables[shape])
+        print_table(
+            f"{shape}, batch {args.batch_size}, 224 x 224 (goal of the joint step: at most {goal}x)", tables[shape]
+        )
     settings = {"batch_size": args.batch_size, "image_size": 224, "repeats": args.repeats, "goals": GOALS}
     write_result(args.output, {"settings": settings, "models": tables})
 
