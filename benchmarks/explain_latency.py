@@ -17,7 +17,6 @@ from hf_shapley import fine_tuning_recipe
 HEADS: dict[str, dict] = {
     "votes": {"attribution_head": "votes"},
     "votes+influence": {"attribution_head": "votes+influence"},
-    "fine_tuning_recipe": fine_tuning_recipe()[0],
 }
 GOAL = {"time": 1.02, "memory": 1.1}
 
@@ -37,7 +36,8 @@ def measure(shape: str, batch_size: int, repeats: int, num_labels: int) -> dict:
     pixel_values = torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     plain = build(shape, plain=True, num_labels=num_labels).eval()
     steps = {"plain": forward(plain, pixel_values)}
-    for name, options in HEADS.items():
+    heads = HEADS | {"fine_tuning_recipe": fine_tuning_recipe(backbone=shape.split("-")[0])[0]}
+    for name, options in heads.items():
         model = build(shape, num_labels=num_labels, **options).eval()
         steps[f"explained, {name}"] = forward(model, pixel_values)
     table = compare(interleave(steps, repeats=repeats), "plain")

@@ -93,13 +93,16 @@ FOUR_PAIRS = POOLED | dict(num_pairs=4, value_gradient_fraction=0.125, attributi
 OWN_LAYER = FOUR_PAIRS | dict(attribution_learning_rate=4e-3)
 FINE_TUNING = POOLED | dict(value_gradient_fraction=0.25, shapley_fraction=0.75)
 OWN_LAYER_ALONE = dict(influence_own_layers=1, influence_layers=0)
-FROZEN = BASE | dict(
+ADAPTERS = BASE | dict(
     shapley_warmup=0.3,
     even_weight=0.0,
     value_gradient=0.03,
     value_gradient_fraction=0.25,
     attribution_learning_rate=4e-3,
 )
+CONVOLUTIONS = dict(vote_readout="pooled", influence_block="convolution", influence_layers=5, influence_gradient=0.0)
+# The labels alone teach the classifier.
+APART = dict(coalition_adapter_size=64, influence_gradient=0.0, coalition_gradient=0.0)
 HEAD_ALONE = dict(coalition_weight=0.0, shapley_warmup=0.0, value_gradient=0.0)
 RECIPES = {
     "plain": None,
@@ -147,31 +150,48 @@ RECIPES = {
         OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True, start="plain/model"
     ),
     "plain, then frozen with adapters": Recipe(
-        FROZEN, _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64), frozen=True, start="plain/model"
+        ADAPTERS, _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64), frozen=True, start="plain/model"
     ),
     "plain, then frozen with adapters, values 0.1": Recipe(
-        FROZEN | dict(value_gradient=0.1),
+        ADAPTERS | dict(value_gradient=0.1),
         _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64),
         frozen=True,
         start="plain/model",
     ),
     "plain, then frozen with adapters, four pairs, then the head alone": Recipe(
-        FROZEN | dict(num_pairs=4, value_gradient_fraction=0.125),
+        ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
         _pooled(influence_own_layers=1, coalition_adapter_size=64),
         head_epochs=4,
         frozen=True,
         start="plain/model",
     ),
     "plain, then frozen with adapters, four pairs, four own layers, then the head alone, longer": Recipe(
-        FROZEN | dict(num_pairs=4, value_gradient_fraction=0.125),
+        ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
         _pooled(influence_own_layers=4, coalition_adapter_size=64),
         head_epochs=12,
         frozen=True,
         start="plain/model",
     ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
+    # What `fine_tuning_recipe` recommends for a ViT, and what differs from it in one thing each.
+    **{
+        f"with adapters{change}": Recipe(ADAPTERS | training, _pooled(**OWN_LAYER_ALONE) | APART)
+        for change, training in {
+            "": {},
+            ", an eighth learns through v(S)": dict(value_gradient_fraction=0.125),
+            ", whole gradient": dict(value_gradient_fraction=1.0),
+        }.items()
+    },
+    "with adapters, convolutions": Recipe(  # what it recommends for a ConvNeXt
+        ADAPTERS, _pooled(influence_layers=5) | dict(influence_block="convolution") | APART
+    ),
+    "with adapters, four pairs, then the head alone": Recipe(
+        ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
+        _pooled(influence_own_layers=1) | APART,
+        head_epochs=4,
+    ),
     "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
-    # What follows differs from "fine-tuning" in one thing each; `fine_tuning_recipe` is "a third learns through v(S)".
+    # What follows differs from "fine-tuning" in one thing each.
     **{
         f"fine-tuning, {change}": Recipe(FINE_TUNING | training, _pooled(**OWN_LAYER_ALONE))
         for change, training in {

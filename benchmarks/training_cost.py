@@ -16,8 +16,6 @@ from torch.optim import AdamW
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
 
-RECIPE_HEAD, RECIPE = fine_tuning_recipe()
-FROZEN_HEAD, FROZEN = fine_tuning_recipe(frozen=True)
 VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model options)
     "joint": ({}, {}),
     "joint, half of the batch": ({"shapley_fraction": 0.5}, {}),
@@ -26,9 +24,8 @@ VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model
     "joint, every second step": ({"shapley_every": 2}, {}),
     "joint, v(S) detached": ({"value_gradient": 0.0}, {}),
     "joint, influence head": ({}, {"attribution_head": "votes+influence"}),
-    "fine_tuning_recipe": (RECIPE, RECIPE_HEAD),
-    "fine_tuning_recipe, frozen": (FROZEN, FROZEN_HEAD),
 }
+RECOMMENDED = ("fine_tuning_recipe", "fine_tuning_recipe, frozen")
 GOALS = {"vit": 2.05, "convnext": 2.2}
 
 
@@ -75,6 +72,8 @@ def joint_step(model, inputs: dict, folder: str, precision: Precision = nullcont
 
 def measure(shape: str, batch_size: int, repeats: int, variants: list[str]) -> dict[str, dict[str, float]]:
     """Time the plain step and the joint ones in turn."""
+    model_options, training_options = fine_tuning_recipe(backbone=shape.split("-")[0])
+    of_backbone = VARIANTS | dict.fromkeys(RECOMMENDED, (training_options, model_options))
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "pixel_values": torch.randn(batch_size, 3, 224, 224, generator=generator),
@@ -84,7 +83,7 @@ def measure(shape: str, batch_size: int, repeats: int, variants: list[str]) -> d
         plain = plain_step(build(shape, plain=True).train(), inputs)
         steps = {"plain": plain}
         for name in variants:
-            args, options = VARIANTS[name]
+            args, options = of_backbone[name]
             model = build(shape, **options).train()
             if name.endswith("frozen"):
                 model.freeze_classifier()
@@ -92,7 +91,7 @@ def measure(shape: str, batch_size: int, repeats: int, variants: list[str]) -> d
         # The process takes its memory over the first steps, which would count as the larger step's cost.
         times = interleave(steps, repeats=repeats, warmup=4)
     for name in variants:
-        every = VARIANTS[name][0].get("shapley_every", 1)
+        every = of_backbone[name][0].get("shapley_every", 1)
         times[name] = {clock: [t / every for t in seconds] for clock, seconds in times[name].items()}
     return compare(times, "plain")
 
@@ -102,7 +101,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit-tiny", "convnext-tiny"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, *RECOMMENDED], choices=[*VARIANTS, *RECOMMENDED])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=RESULTS / "training_cost.json")
     args = parser.parse_args()

@@ -153,8 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.model or make_plain_checkpoint(splits, options.output / "plain", options.plain_epochs)
     processor = AutoImageProcessor.from_pretrained(path)
     plain = AutoModelForImageClassification.from_pretrained(path)
-    model_options, training_options = fine_tuning_recipe(options.learning_rate, frozen=options.freeze_classifier)
-    model = SHAPLEY_MODELS[AutoConfig.from_pretrained(path).model_type].from_pretrained(path, **model_options)
+    backbone = AutoConfig.from_pretrained(path).model_type
+    model_options, training_options = fine_tuning_recipe(options.learning_rate, backbone)
+    model = SHAPLEY_MODELS[backbone].from_pretrained(path, **model_options)
     if options.freeze_classifier:
         model.freeze_classifier()
 

@@ -55,9 +55,10 @@ def assert_close(found: dict, expected: dict, **tolerance):
         torch.testing.assert_close(found[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("head", [{}, fine_tuning_recipe(frozen=True)[0]], ids=["influence", "recommended"])
+@pytest.mark.parametrize("head", ["influence", "recommended"])
 def test_compiled_without_graph_breaks_it_trains_and_explains_the_same(backbone, head):
-    model = small_model(backbone, **head).train()
+    options = {} if head == "influence" else fine_tuning_recipe(backbone=backbone)[0]
+    model = small_model(backbone, **options).train()
     # "aot_eager" shares with "inductor" all that can break a graph, and needs no C++ compiler.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     expected = gradients(model, sums_only=True, num_with_gradient=2)

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_shapley import digits_dataset, fine_tuning_recipe, load_explanations, train_digits_model, training_job
 
@@ -123,7 +129,6 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
     model, _ = training_job.load_model(model_args, ["a", "b"])
     assert {name: getattr(model.config, name) for name in model_options} == model_options
     assert model.classifier.weight.requires_grad
-    model_options, training_options = fine_tuning_recipe(2e-3, frozen=True)
     frozen, _, args = training_job.parse_arguments([*arguments, "--freeze_classifier"])
     assert {name: getattr(args, name) for name in training_options} == training_options
     model, _ = training_job.load_model(frozen, ["a", "b"])
@@ -138,12 +143,17 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
 
     assert training_job.parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
     (tmp_path / "all.json").write_text(json.dumps({"model": str(tmp_path / "plain"), "output_dir": str(tmp_path)}))
-    assert training_job.parse_arguments([str(tmp_path / "all.json")])[2].value_gradient == 0.1
+    assert training_job.parse_arguments([str(tmp_path / "all.json")])[2].value_gradient == 0.03
     for others in ([*arguments, "--attribution_head", "votes"], ["--model", str(checkpoint), "--output_dir", "out"]):
         model_args, _, args = training_job.parse_arguments(others)
         assert (model_args.vote_readout, args.value_gradient) == (None, 1.0)
+    ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2).save_pretrained(tmp_path / "convnext")
+    options = vars(training_job.parse_arguments(["--model", str(tmp_path / "convnext"), *arguments[2:]])[0])
+    assert fine_tuning_recipe(backbone="convnext")[0].items() <= options.items()
     with pytest.raises(ValueError, match=r"learning_rate.*above 0"):
         fine_tuning_recipe(0)
+    with pytest.raises(ValueError, match=r"backbone.*'vit', 'convnext'.*'swin'"):
+        fine_tuning_recipe(backbone="swin")
 
 
 def test_explaining_an_image_prints_what_adds_up_and_draws_it(tmp_path):

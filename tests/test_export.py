@@ -21,7 +21,7 @@ def batch(size: int) -> torch.Tensor:
     return torch.randn(size, 3, *SIZE, generator=torch.Generator().manual_seed(size))
 
 
-@pytest.mark.parametrize("block", ["mlp", "backbone"])
+@pytest.mark.parametrize("block", ["mlp", "convolution", "backbone"])
 def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block, tmp_path):
     model = make_model(backbone, attribution_head="votes+influence", influence_block=block).train()
     torch.export.save(export_program(model, image_size=SIZE), tmp_path / "model.pt2")
@@ -38,7 +38,7 @@ def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block
 def test_an_onnx_file_takes_any_batch_size_and_gives_the_same(backbone, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = make_model(backbone, **fine_tuning_recipe(frozen=True)[0])
+    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
     path = export_onnx(model, tmp_path / "folder" / "model.onnx", image_size=SIZE)
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(path)

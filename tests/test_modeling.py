@@ -338,7 +338,34 @@ def test_recording_changes_nothing(model, pixel_values):
     assert len(model(pixel_values).hidden_states) == 3
 
 
-# The influence head's own layers
+# The influence head's blocks and own layers
+
+
+@pytest.mark.parametrize(("kind", "mixes"), [("mlp", False), ("convolution", True), ("backbone", True)])
+def test_influence_blocks_mix_tokens_or_not(backbone, kind, mixes):
+    head = make_model(
+        backbone, attribution_head="votes+influence", influence_block=kind, influence_layers=1
+    ).attribution_head
+    tokens = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
+    other = tokens.clone()
+    other[:, 7] += 1.0
+    before, after = (head.influence_blocks[0](cells, (4, 6)) for cells in (tokens, other))
+    changed = ((before - after).abs().amax(dim=(0, 2)) > 0).view(4, 6)
+    assert changed[1, 1]
+    reached = torch.zeros(4, 6, dtype=torch.bool)
+    if mixes:  # a convolution reaches 3 cells far, attention all
+        reached[:, : 6 if (backbone, kind) == ("vit", "backbone") else 5] = True
+    else:
+        reached[1, 1] = True
+    assert torch.equal(changed, reached)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "convolution"])
+def test_new_influence_blocks_change_nothing(kind):
+    config = ShapleyViTConfig(**VIT, attribution_head="votes+influence", influence_block=kind)
+    tokens = torch.randn(2, 24, 32)
+    for block in ShapleyViTForImageClassification(config).attribution_head.influence_blocks:
+        assert torch.equal(block(tokens, (4, 6)), tokens)
 
 
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
@@ -417,6 +444,30 @@ def test_adapters_start_at_nothing(backbone, pixel_values, tmp_path):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("readout", ["patches", "pooled"])
+@pytest.mark.parametrize("sums_only", [True, False])
+def test_the_classifiers_weights_get_a_share_of_the_coalitions_gradient(backbone, readout, sums_only, pixel_values):
+    options = {"attribution_head": "votes+influence", "vote_readout": readout, "vote_layers": 1}
+    coalitions = sample_coalitions(3, 2, num_players=24, generator=torch.Generator().manual_seed(0))
+
+    def gradients(share: float, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+        model = make_model(backbone, coalition_adapter_size=4, coalition_gradient=share, **options).train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        output = model(pixel_values, coalitions_to_ids(coalitions), sums_only=sums_only)
+        (output.coalition_gains if sums_only else output.coalition_votes).square().sum().backward()
+        named = model.named_parameters()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+
+    whole = gradients(1.0)
+    for share, checkpointing in [(0.0, False), (0.25, False), (0.25, True)]:
+        for name, gradient in gradients(share, checkpointing).items():
+            wanted = whole[name] * (1.0 if "coalition_adapters." in name else share)
+            torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
+    assert sum(gradient.any().item() for gradient in whole.values()) > len(whole) / 2
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention):
     model = make_model("vit", attn_implementation=attention)
@@ -458,7 +509,7 @@ def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(atte
 
 @pytest.mark.parametrize("offloaded", ["embeddings", "layers", "classifier", "attribution_head", "coalition_adapters"])
 def test_layers_may_be_offloaded_and_the_head_says_that_it_may_not(backbone, offloaded, pixel_values, tmp_path):
-    model = make_model(backbone, **fine_tuning_recipe(frozen=True)[0])
+    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
     model.save_pretrained(tmp_path / "model")
     parts = [f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_children()]
     device_map = dict.fromkeys([*parts, "classifier", "attribution_head", "coalition_adapters"], "cpu")

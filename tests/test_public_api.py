@@ -12,6 +12,7 @@ INTERNAL_MODULES = {"checks", "cli", "demo", "evaluation_job", "files", "trainin
 INTERNAL = {
     "attribution_head": {
         "CoalitionAdapter",
+        "NarrowConvolution",
         "ResidualMLP",
         "ShapleyImageClassifierMixin",
         "ZeroLinear",
@@ -19,6 +20,7 @@ INTERNAL = {
         "check_grid",
         "coalition_adapters",
         "is_own_part",
+        "learning_less",
         "scale_gradient",
         "share_evenly",
         "sums_of_linear",

@@ -94,7 +94,7 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
         return output.logits, model.coalition_values(pixels, coalitions), output.attributions
 
     before = played()
-    recipe = fine_tuning_recipe(1e-2, frozen=True)[1] | {"shapley_warmup": 0.0, "shapley_every": 2}
+    recipe = fine_tuning_recipe(1e-2)[1] | {"shapley_warmup": 0.0, "shapley_every": 2}
     make_trainer(tmp_path, model, num_train_epochs=3, weight_decay=0.1, **recipe).train()
     after = played()
     assert torch.equal(before[0], after[0])
@@ -211,6 +211,27 @@ def test_the_shapley_term_leaves_detached_votes_alone(tmp_path):
 
 def test_the_base_values_get_no_gradient_from_the_shapley_term(tmp_path):
     assert gradients(tmp_path, value_gradient=0.0)["classifier.bias"].abs().max() == 0
+
+
+def test_with_the_recommended_recipe_the_labels_alone_teach_the_classifier(backbone, tmp_path):
+    model_options, training_options = fine_tuning_recipe(backbone=backbone)
+    model = make_model(backbone, **model_options).train()
+    batch = batch_of(images(4))
+
+    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients(model(**batch).loss)
+    trainer = make_trainer(tmp_path, model, **training_options | {"shapley_warmup": 0.0})
+    trainer.current_gradient_accumulation_steps = 1
+    joint = gradients(trainer.compute_loss(model, batch))
+    own = {name for name in joint if name.startswith(("attribution_head.", "coalition_adapters."))}
+    for name in joint.keys() - own:
+        torch.testing.assert_close(joint[name], plain[name], atol=1e-7, rtol=1e-5)
+    assert joint.keys() - own == plain.keys()
+    assert all(joint[name].any() for name in own if name.endswith(("up.weight", "influence.weight")))
 
 
 def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):

@@ -59,6 +59,14 @@ def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
     return detached if scale == 0 else detached + scale * (tensor - detached)
 
 
+def learning_less(module: nn.Module, share: float) -> Callable:
+    """The module as a function whose weights get `share` of their gradient; its input still gets all of its own."""
+    if share == 1 or not torch.is_grad_enabled() or not any(weight.requires_grad for weight in module.parameters()):
+        return module
+    weights = {name: scale_gradient(weight, share) for name, weight in module.named_parameters()}
+    return lambda *args: torch.func.functional_call(module, weights, args)
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero, so that what it adds starts at nothing."""
 
@@ -75,6 +83,27 @@ class ResidualMLP(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return tokens + self.fc2(self.act(self.fc1(self.norm(tokens))))
+
+
+class NarrowConvolution(nn.Module):
+    """x + MLP(norm(x + dwconv(x))) on the grid: a ConvNeXt layer with an MLP an eighth as wide as the tokens.
+
+    It mixes cells for about a twenty-fifth of that layer's operations, and starts as the identity.
+    """
+
+    def __init__(self, hidden_size: int, hidden_act: str):
+        super().__init__()
+        narrow = max(1, hidden_size // 8)
+        self.dwconv = nn.Conv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size, bias=False)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.fc1 = nn.Linear(hidden_size, narrow)
+        self.act = ACT2FN[hidden_act]
+        self.fc2 = ZeroLinear(narrow, hidden_size)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        cells = tokens.transpose(1, 2).unflatten(-1, grid)  # (B, D, h, w)
+        mixed = tokens + self.dwconv(cells).flatten(2).transpose(1, 2)
+        return tokens + self.fc2(self.act(self.fc1(self.norm(mixed))))
 
 
 class CoalitionAdapter(nn.Module):
@@ -124,6 +153,7 @@ class AttributionHead(nn.Module):
         if self.vote_gradient is None:
             self.vote_gradient = 1.0 if config.attribution_head == "votes" else 0.0
         self.influence_gradient = config.influence_gradient
+        self.coalition_gradient = config.coalition_gradient
         self.vote_blocks = nn.ModuleList(
             ResidualMLP(hidden_size, config.hidden_act) for _ in range(config.vote_layers)
         )
@@ -134,32 +164,34 @@ class AttributionHead(nn.Module):
             if self.own_layers:
                 self.own_blocks = nn.ModuleList(make_block() for _ in range(self.own_layers))
                 self.own_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-            mlp = config.influence_block == "mlp"
+            own_kinds = {"mlp": ResidualMLP, "convolution": NarrowConvolution}
+            kind = own_kinds.get(config.influence_block)
             self.influence_blocks = nn.ModuleList(
-                ResidualMLP(hidden_size, config.hidden_act) if mlp else make_block()
-                for _ in range(config.influence_layers)
+                kind(hidden_size, config.hidden_act) if kind else make_block() for _ in range(config.influence_layers)
             )
             self.influence_norm = nn.LayerNorm(hidden_size)
             self.influence = ZeroLinear(hidden_size, config.num_labels, bias=False)
 
-    def voters(self, tokens: Tensor, members: Tensor, empty: Tensor | None) -> Tensor:
+    def voters(self, tokens: Tensor, members: Tensor, empty: Tensor | None, playing: bool = False) -> Tensor:
         """What the classifier reads for each player.
 
         Args:
             tokens: of the players, (..., N, D); with `vote_readout="pooled"` one per coalition, (..., G, D).
             members: bool (..., G, N), True = member.
             empty: with "pooled", what `vote_tokens` makes of the empty coalition's token, (D).
+            playing: coalitions' tokens, of whose gradient the weights and `empty` get `coalition_gradient`.
 
         Returns:
             (..., N, D).
         """
-        tokens = self.vote_tokens(tokens)
-        return tokens if empty is None else share_evenly(tokens - empty, members)
+        share = self.coalition_gradient if playing else 1.0
+        tokens = self.vote_tokens(tokens, share)
+        return tokens if empty is None else share_evenly(tokens - scale_gradient(empty, share), members)
 
-    def vote_tokens(self, tokens: Tensor) -> Tensor:
+    def vote_tokens(self, tokens: Tensor, share: float = 1.0) -> Tensor:
         """Tokens as the classifier reads them: (..., D) -> (..., D)."""
         for block in self.vote_blocks:
-            tokens = block(tokens)
+            tokens = learning_less(block, share)(tokens)
         return tokens
 
     def attributions(self, tokens: Tensor, votes: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -428,7 +460,7 @@ class ShapleyImageClassifierMixin:
         empty, base_values = self._empty(empty)
         voters = self.attribution_head.voters(voting, everyone, empty)  # (B, N, D)
         if structured is not None:
-            structured = self.attribution_head.voters(structured, members, empty)  # (B', R, N, D)
+            structured = self.attribution_head.voters(structured, members, empty, playing=True)  # (B', R, N, D)
         if sums_only:
             gains, fields = self._sums(tokens, voters, structured, members, grid)
         else:
@@ -446,6 +478,7 @@ class ShapleyImageClassifierMixin:
 
     def _played(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor, num_with_gradient: int) -> Tensor:
         """`_structured_tokens`, those beyond the first `num_with_gradient` images without gradient."""
+        embeddings = scale_gradient(embeddings, self.attribution_head.coalition_gradient)
         if num_with_gradient == len(members):
             return self._structured_tokens(embeddings, coalition_ids, members)
         first, others = slice(num_with_gradient), slice(num_with_gradient, None)
@@ -463,12 +496,12 @@ class ShapleyImageClassifierMixin:
             votes = self._votes_of(voters)
         fields = {"attributions": self.attribution_head.attributions(tokens, votes, grid)}
         if structured is not None:
-            fields["coalition_votes"] = self._votes_of(structured)
+            fields["coalition_votes"] = self._votes_of(structured, self.attribution_head.coalition_gradient)
         return votes.sum(dim=1), fields
 
-    def _votes_of(self, voters: Tensor) -> Tensor:
+    def _votes_of(self, voters: Tensor, share: float = 1.0) -> Tensor:
         """Each player's vote, divided by the number of players: (..., N, D) -> (..., N, K), float32."""
-        weight = self.classifier.weight
+        weight = scale_gradient(self.classifier.weight, share)
         votes = nn.functional.linear(voters.to(weight.dtype), weight).float()
         return votes.div_(voters.shape[-2])  # in place: with many labels this is the largest tensor of a forward
 
@@ -476,7 +509,7 @@ class ShapleyImageClassifierMixin:
         self, tokens: Tensor, voters: Tensor, structured: Tensor, members: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gain of the full image (B, K), and the output's fields that hold something for each coalition."""
-        gains = self._gains(structured, members)  # (B', R, G, K)
+        gains = self._gains(structured, members, self.attribution_head.coalition_gradient)  # (B', R, G, K)
         total = self._gains(voters, members.new_ones(len(voters), 1, voters.shape[-2])).squeeze(1)
         batch, shape = len(members), members.shape[1:3]
         members = members.flatten(1, 2)  # (B', R G, N)
@@ -484,9 +517,9 @@ class ShapleyImageClassifierMixin:
         attributions = self.attribution_head.attribution_sums(tokens[:batch], votes, members, grid)
         return total, {"coalition_gains": gains, "coalition_attributions": attributions.unflatten(1, shape)}
 
-    def _gains(self, voters: Tensor, members: Tensor) -> Tensor:
+    def _gains(self, voters: Tensor, members: Tensor, share: float = 1.0) -> Tensor:
         """Votes summed over coalitions, v(S) - v(empty): (..., N, D), bool (..., M, N) -> (..., M, K), float32."""
-        return sums_of_linear(voters, members, self.classifier.weight) / members.shape[-1]
+        return sums_of_linear(voters, members, scale_gradient(self.classifier.weight, share)) / members.shape[-1]
 
     @torch.no_grad()
     def explain(

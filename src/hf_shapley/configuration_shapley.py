@@ -11,7 +11,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from .checks import check_count, check_number, describe
 
 ATTRIBUTION_HEADS = ("votes", "votes+influence")
-INFLUENCE_BLOCKS = ("mlp", "backbone")
+INFLUENCE_BLOCKS = ("mlp", "convolution", "backbone")
 VOTE_READOUTS = ("patches", "pooled")
 SIZES = (
     "hidden_size",
@@ -41,7 +41,8 @@ class ShapleyConfigMixin:
         vote_layers: depth of the residual MLP before the classifier; 0 applies the stock classifier to the tokens.
         influence_layers: blocks of the influence head, at least 1, or 0 where it has own layers; used with
             "votes+influence" only.
-        influence_block: "mlp" (each token by itself) or "backbone" (ViT or ConvNeXt layers, which mix tokens).
+        influence_block: "mlp" (each token by itself), "convolution" (narrow ConvNeXt layers, which mix tokens at
+            little cost) or "backbone" (ViT or ConvNeXt layers).
         influence_own_layers: how many of the backbone's last layers the influence head has its own copies of, ahead of
             its blocks: it reads the tokens from before those layers, and from a plain checkpoint starts with what they
             have learned. ConvNeXt: of the last stage's. With ViT's "pooled" readout, where the classifier's last layer
@@ -49,6 +50,9 @@ class ShapleyConfigMixin:
         vote_gradient: share of the gradient of the attributions that reaches the votes while training, 0 to 1;
             None means 1 for "votes" and 0 for "votes+influence". Logits are never affected.
         influence_gradient: share of the gradient of the influence head that reaches the backbone's tokens, 0 to 1.
+        coalition_gradient: share of the gradient of v(S) that reaches the classifier's own weights while training, 0
+            to 1; coalition adapters get all of it. With 0, and `influence_gradient=0`, the labels alone teach the
+            classifier.
         coalition_adapter_size: width of the adapters after every layer that act where players are absent and not at
             all on the full image: masked predictions can learn while the classifier stays what it is. 0 = none.
     """
@@ -61,6 +65,7 @@ class ShapleyConfigMixin:
     influence_own_layers: int = 0
     vote_gradient: float | int | None = None
     influence_gradient: float | int = 1.0
+    coalition_gradient: float | int = 1.0
     coalition_adapter_size: int = 0
 
     # Trainer's evaluation would otherwise gather every attribution of the data set (images x players x labels).
@@ -158,8 +163,8 @@ class ShapleyConfigMixin:
                 f"`influence_own_layers` must be at most {self._last_layers()}, the layers there are to copy, "
                 f"got {self.influence_own_layers}."
             )
-        for name in ("vote_gradient", "influence_gradient"):
-            if name == "influence_gradient" or self.vote_gradient is not None:
+        for name in ("vote_gradient", "influence_gradient", "coalition_gradient"):
+            if name != "vote_gradient" or self.vote_gradient is not None:
                 check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
 
     @classmethod

@@ -17,6 +17,8 @@ from .attribution_head import (
     absent_shares,
     check_grid,
     coalition_adapters,
+    learning_less,
+    scale_gradient,
 )
 from .coalitions import sum_over_coalitions
 from .configuration_shapley import ShapleyConvNextConfig
@@ -38,23 +40,24 @@ class DepthwiseConv2d(nn.Conv2d):
 class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
     """A ConvNeXt layer that can keep coalitions apart, and be run again in the backward pass to save memory."""
 
-    def forward(self, features: Tensor, masks: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, masks: Tensor | None = None, share: float = 1.0) -> Tensor:
         """The stock layer; with masks its depthwise convolution becomes sum_c mask_c * dwconv(mask_c * features).
 
         Args:
             features: (B, C, H, W).
             masks: (G, B, H, W, 1), 1 = member; the coalitions of one structure are disjoint and cover all players.
+            share: with masks, of the gradient that reaches the weights.
         """
         if masks is None:
             return super().forward(features)
         # Channels last, as in the stock layer: there the convolution's weight gradient is up to 3 times cheaper.
         hidden = (features.permute(0, 2, 3, 1) * masks).flatten(0, 1)  # (G B, H, W, C)
-        hidden = self.dwconv(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        hidden = learning_less(self.dwconv, share)(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         hidden = (hidden.unflatten(0, masks.shape[:2]) * masks).sum(dim=0)  # (B, H, W, C)
-        hidden = self.layernorm(hidden)
-        hidden = self.pwconv2(self.act(self.pwconv1(hidden)))
+        hidden = learning_less(self.layernorm, share)(hidden)
+        hidden = learning_less(self.pwconv2, share)(self.act(learning_less(self.pwconv1, share)(hidden)))
         if self.layer_scale_parameter is not None:
-            hidden = self.layer_scale_parameter * hidden
+            hidden = scale_gradient(self.layer_scale_parameter, share) * hidden
         return features + self.drop_path(hidden.permute(0, 3, 1, 2))
 
 
@@ -169,34 +172,36 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         grid = self._grid_of(embeddings)
         maps = members.flatten(0, 1).unflatten(-1, grid)  # (B' R, G, h, w)
         adapters = iter(self.coalition_adapters)
+        share = self.attribution_head.coalition_gradient
         if self.coalition_adapters:
             absent = absent_shares(members, coalition_ids, features.dtype)[1].view(-1, *grid)  # (B' R, h, w)
         for stage in self.convnext.encoder.stages:
             for layer in stage.downsampling_layer:
-                features = layer(features)
+                features = learning_less(layer, share)(features)
             scale = features.shape[-1] // grid[1]
             masks = _enlarged(maps, scale).transpose(0, 1).unsqueeze(-1).to(features.dtype)  # (G, B' R, H', W', 1)
             for layer in stage.layers:
-                features = layer(features, masks)
+                features = layer(features, masks, share)
                 if self.coalition_adapters:
                     shares = _enlarged(absent, scale).unsqueeze(-1)  # (B' R, H', W', 1)
                     features = next(adapters)(features.permute(0, 2, 3, 1), shares).permute(0, 3, 1, 2)
         if self.attribution_head.pooled:
             return self._pooled(features.flatten(2).transpose(1, 2).unflatten(0, (batch, structures)), members)
-        return self._normed(features).unflatten(0, (batch, structures))
+        return self._normed(features, share).unflatten(0, (batch, structures))
 
     def _pooled(self, cells: Tensor, members: Tensor) -> Tensor:
         """The final layer norm of each coalition's mean: (..., N, D), bool (..., G, N) -> (..., G, D)."""
         sizes = members.sum(-1, keepdim=True).clamp(min=1)
-        return self.convnext.layernorm((sum_over_coalitions(members, cells) / sizes).to(cells.dtype))
+        norm = learning_less(self.convnext.layernorm, self.attribution_head.coalition_gradient)
+        return norm((sum_over_coalitions(members, cells) / sizes).to(cells.dtype))
 
     def _grid_of(self, embeddings: Tensor) -> tuple[int, int]:
         reduction = 2 ** sum(len(stage.downsampling_layer) > 0 for stage in self.convnext.encoder.stages)
         return embeddings.shape[-2] // reduction, embeddings.shape[-1] // reduction
 
-    def _normed(self, features: Tensor) -> Tensor:
+    def _normed(self, features: Tensor, share: float = 1.0) -> Tensor:
         """(B, D, h, w) -> (B, N, D), the final layer norm applied to each cell."""
-        return self.convnext.layernorm(features.flatten(2).transpose(1, 2))
+        return learning_less(self.convnext.layernorm, share)(features.flatten(2).transpose(1, 2))
 
     def _cast(self, pixel_values: Tensor) -> Tensor:
         return pixel_values.to(self.convnext.embeddings.patch_embeddings.weight.dtype)

@@ -14,6 +14,8 @@ from .attribution_head import (
     absent_shares,
     check_grid,
     coalition_adapters,
+    learning_less,
+    scale_gradient,
 )
 from .configuration_shapley import ShapleyViTConfig
 
@@ -30,6 +32,7 @@ class ShapleyViTLayer(ViTLayer):
         attention_mask=None,
         num_queries: int | None = None,
         num_images: int | None = None,
+        share: float = 1.0,
         **kwargs,
     ) -> Tensor:
         """The stock layer, (B, T, D) -> (B, T, D), or a part of it.
@@ -39,16 +42,18 @@ class ShapleyViTLayer(ViTLayer):
             attention_mask: as the attention backend takes it.
             num_queries: Q, give only the first (B, Q, D).
             num_images: B, give the same packed.
+            share: of the gradient that reaches the weights; not packed.
             **kwargs: passed on.
         """
-        if num_queries is None and num_images is None:
+        if num_queries is None and num_images is None and share == 1:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        if not isinstance(attention_mask, Tensor | None):  # flex attention's block mask has no rows to choose
-            return super().forward(hidden_states, attention_mask, **kwargs)[:, :num_queries]
-        normed = self.layernorm_before(hidden_states)
+        normed = learning_less(self.layernorm_before, share)(hidden_states)
         if num_images is None:
-            rows = None if attention_mask is None else attention_mask[:, :, :num_queries]
-            attended = self._attend(normed, rows, num_queries)
+            if isinstance(attention_mask, Tensor | None):
+                rows = None if attention_mask is None else attention_mask[:, :, :num_queries]
+                attended = self._attend(normed, rows, num_queries, share)
+            else:  # flex attention's block mask has no rows to choose
+                attended = self._attend(normed, attention_mask, None, share)[:, :num_queries]
             hidden_states = hidden_states[:, :num_queries]
         else:
             tokens, lone = _unpacked(normed, num_images)
@@ -57,34 +62,35 @@ class ShapleyViTLayer(ViTLayer):
             if num_queries is not None:
                 tokens, lone = _unpacked(hidden_states, num_images)
                 hidden_states = _packed(tokens[:, :num_queries], lone)
-        hidden_states = hidden_states + self.dropout(self.attention.o_proj(attended))
-        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        hidden_states = hidden_states + self.dropout(learning_less(self.attention.o_proj, share)(attended))
+        normed = learning_less(self.layernorm_after, share)(hidden_states)
+        return hidden_states + self.dropout(learning_less(self.mlp, share)(normed))
 
-    def _attend(self, tokens: Tensor, mask: Tensor | None, num_queries: int | None) -> Tensor:
+    def _attend(self, tokens: Tensor, mask, num_queries: int | None, share: float = 1.0) -> Tensor:
         """What the first tokens read of all: (B, T, D), mask (B, 1, Q, T) -> (B, Q, D), not yet projected."""
         attention = self.attention
 
         def heads_of(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-        queries = heads_of(attention.q_proj(tokens[:, :num_queries]))  # (B, H, Q, d)
+        queries = heads_of(learning_less(attention.q_proj, share)(tokens[:, :num_queries]))  # (B, H, Q, d)
         dropout = attention.attention_dropout if self.training else 0.0
         few = num_queries is not None and num_queries < attention.head_dim  # beyond that it would cost more
         if few and not dropout and _are_plain(attention.k_proj, attention.v_proj):
-            return self._read(queries * attention.scaling, tokens, mask)
+            return self._read(queries * attention.scaling, tokens, mask, share)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             attention,
             queries,
-            heads_of(attention.k_proj(tokens)),
-            heads_of(attention.v_proj(tokens)),
+            heads_of(learning_less(attention.k_proj, share)(tokens)),
+            heads_of(learning_less(attention.v_proj, share)(tokens)),
             mask,
             dropout=dropout,
             scaling=attention.scaling,
         )
         return attended.flatten(2)
 
-    def _read(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _read(self, queries: Tensor, tokens: Tensor, mask: Tensor | None, share: float) -> Tensor:
         """The same for few queries (B, H, Q, d), without making a key and a value of every token.
 
         A query's score is q . (W_k x + b_k) = (W_k' q) . x + q . b_k, and what it reads is W_v sum_t a_t x_t + b_v:
@@ -92,15 +98,18 @@ class ShapleyViTLayer(ViTLayer):
         """
         heads, num_queries, head_dim = queries.shape[1:]
         key, value = self.attention.k_proj, self.attention.v_proj
-        seeking = (queries @ key.weight.unflatten(0, (heads, head_dim))).flatten(1, 2)  # (B, H Q, D)
+        key_weight, value_weight = (
+            scale_gradient(part.weight, share).unflatten(0, (heads, head_dim)) for part in (key, value)
+        )
+        seeking = (queries @ key_weight).flatten(1, 2)  # (B, H Q, D)
         scores = (seeking @ tokens.transpose(1, 2)).unflatten(1, (heads, num_queries))  # (B, H, Q, T)
         if key.bias is not None:  # softmax ignores it; left out, the parameter would have no part in a training step
-            scores = scores + queries @ key.bias.view(heads, head_dim, 1)
+            scores = scores + queries @ scale_gradient(key.bias, share).view(heads, head_dim, 1)
         weights = (scores if mask is None else scores + mask).softmax(dim=-1, dtype=torch.float32).to(tokens.dtype)
         read = (weights.flatten(1, 2) @ tokens).unflatten(1, (heads, num_queries))  # (B, H, Q, D)
-        attended = read @ value.weight.unflatten(0, (heads, head_dim)).transpose(1, 2)  # (B, H, Q, d)
+        attended = read @ value_weight.transpose(1, 2)  # (B, H, Q, d)
         if value.bias is not None:
-            attended = attended + value.bias.view(heads, 1, head_dim).to(attended.dtype)
+            attended = attended + scale_gradient(value.bias, share).view(heads, 1, head_dim).to(attended.dtype)
         return attended.transpose(1, 2).flatten(2)
 
 
@@ -229,9 +238,12 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         absent = None
         if self.coalition_adapters:
             absent = cat(absent_shares(members, coalition_ids, tokens.dtype), dim=1)  # (B' R, G + N, 1)
+        share = self.attribution_head.coalition_gradient
         if self.attribution_head.pooled:
-            return self._encode(tokens, mask, num_coalitions, absent=absent).unflatten(0, (batch, structures))
-        return self._encode(tokens, mask, absent=absent)[:, num_coalitions:].unflatten(0, (batch, structures))
+            encoded = self._encode(tokens, mask, num_coalitions, absent=absent, share=share)
+        else:
+            encoded = self._encode(tokens, mask, absent=absent, share=share)[:, num_coalitions:]
+        return encoded.unflatten(0, (batch, structures))
 
     def _coalition_mask(self, tokens: Tensor, token_ids: Tensor):
         """What the attention backend needs to keep tokens (B, T, D) of different ids (B, T) apart."""
@@ -256,17 +268,19 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         num_layers: int = 0,
         num_images: int | None = None,
         absent: Tensor | None = None,
+        share: float = 1.0,
     ) -> Tensor:
         """All layers, or the last `num_layers`, and the final norm; the last layer for the first tokens alone.
 
-        With `absent`, the share of players that each token's coalition lacks, (B, T, 1), the adapters act.
+        With `absent`, the share of players that each token's coalition lacks, (B, T, 1), the adapters act. The layers'
+        weights get `share` of their gradient.
         """
         layers = self.vit.layers[-num_layers:]
         for index, layer in enumerate(layers):
-            tokens = layer(tokens, mask, num_queries if index == len(layers) - 1 else None, num_images)
+            tokens = layer(tokens, mask, num_queries if index == len(layers) - 1 else None, num_images, share)
             if absent is not None:
                 tokens = self.coalition_adapters[index](tokens, absent[:, : tokens.shape[1]])
-        return self.vit.layernorm(tokens)
+        return learning_less(self.vit.layernorm, share)(tokens)
 
 
 def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:

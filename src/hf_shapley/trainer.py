@@ -181,7 +181,8 @@ class ShapleyTrainer(Trainer):
         """
         gains = outputs.coalition_gains
         learning = len(gains) if num_with_gradient is None else num_with_gradient
-        values = outputs.base_values + gains[:learning]
+        base_values = scale_gradient(outputs.base_values, self.model.config.coalition_gradient)
+        values = base_values + gains[:learning]
         problem = self.model.config.problem_type
         multi_label = problem == "multi_label_classification"
         if problem == "regression":

@@ -47,8 +47,10 @@ HEAD_OPTIONS = (
     "attribution_head",
     "vote_readout",
     "influence_layers",
+    "influence_block",
     "influence_own_layers",
     "influence_gradient",
+    "coalition_gradient",
     "coalition_adapter_size",
 )
 
@@ -84,11 +86,15 @@ class ModelArguments:
     influence_layers: int | None = field(
         default=None, metadata={"help": "Blocks of the influence head, after its own layers."}
     )
+    influence_block: str | None = field(default=None, metadata={"help": "'mlp', 'convolution' or 'backbone'."})
     influence_own_layers: int | None = field(
         default=None, metadata={"help": "Last layers of which the influence head has its own copies."}
     )
     influence_gradient: float | None = field(
         default=None, metadata={"help": "Share of the influence head's gradient that reaches the backbone."}
+    )
+    coalition_gradient: float | None = field(
+        default=None, metadata={"help": "Share of the gradient of v(S) that reaches the classifier's own weights."}
     )
     coalition_adapter_size: int | None = field(
         default=None, metadata={"help": "Width of the adapters that act where patches are absent only; 0 = none."}
@@ -179,10 +185,10 @@ def _suited_defaults(given: dict[str, Any]) -> dict[str, Any]:
         return DIGITS_DEFAULTS
     if given.get("model") is None or set(HEAD_OPTIONS) & given.keys():
         return {}
-    if _model_type(given["model"], given.get("revision", "main")) not in FAMILIES:
+    family = _model_type(given["model"], given.get("revision", "main"))
+    if family not in FAMILIES:
         return {}
-    rate, frozen = float(given.get("learning_rate", 5e-5)), bool(given.get("freeze_classifier"))
-    model_options, training_options = fine_tuning_recipe(rate, frozen=frozen)
+    model_options, training_options = fine_tuning_recipe(float(given.get("learning_rate", 5e-5)), family)
     return model_options | training_options
 
 
