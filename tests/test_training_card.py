@@ -7,7 +7,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import PrinterCallback
 
-from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
+from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
 from hf_shapley.training_card import _last_evaluation, _metrics
 
 ROWS = [{"pixel_values": torch.full((3, 16, 24), float(row)), "labels": torch.tensor(row)} for row in range(4)]
@@ -59,6 +59,14 @@ def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
     trainer.model.freeze_classifier()
     trainer.create_model_card()
     assert "coalition adapter size: 4, classifier: frozen" in card_in(tmp_path).text
+
+
+def test_the_card_names_every_option_of_the_head_that_was_set(tmp_path):
+    make_trainer(tmp_path, model=fine_tuning_recipe()[0]).create_model_card()
+    text = card_in(tmp_path).text
+    for setting in ("influence own layers: 1", "influence gradient: 0", "coalition gradient: 0"):
+        assert setting in text
+    assert "vote gradient" not in text
 
 
 def test_checkpoints_on_the_way_have_no_card(tmp_path):

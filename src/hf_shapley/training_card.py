@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from .attribution_head import is_own_part
+from .configuration_shapley import ShapleyConfigMixin
 from .hub import label_names
 from .model_card import ShapleyModelCardData, render_model_card
 
@@ -129,12 +130,13 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
     own = [argument.name for argument in fields(trainer.args) if argument.name not in stock]
     settings = {name: getattr(trainer.args, name) for name in (*RECIPE, *own)}
     parameters = trainer.model.named_parameters()
+    config = trainer.model.config
+    changed = [option.name for option in fields(ShapleyConfigMixin) if getattr(config, option.name) != option.default]
     frozen = not any(parameter.requires_grad for name, parameter in parameters if not is_own_part(name))
     return {
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
-        "attribution_head": trainer.model.config.attribution_head,
-        **({"coalition_adapter_size": adapters} if (adapters := trainer.model.config.coalition_adapter_size) else {}),
+        **{name: getattr(config, name) for name in dict.fromkeys(["attribution_head", *changed])},
         **({"classifier": "frozen"} if frozen else {}),
         **{name: getattr(value, "value", value) for name, value in settings.items()},
     }
