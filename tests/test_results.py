@@ -56,7 +56,7 @@ def test_the_cost_of_a_step_is_that_of_its_result_file():
         assert bool(found["machine"]["allocator"]) == name.endswith("kept")
         for variant in ("fine_tuning_recipe", "fine_tuning_recipe, frozen"):
             costs += [found["models"][model][variant]["wall_ratio"] for model in ("vit-tiny", "convnext-tiny")]
-    assert "a step costs {:.2f} and {:.2f}, with its `frozen=True` {:.2f} and {:.2f};".format(*costs[:4]) in text
+    assert "a step costs {:.2f} and {:.2f}, of a frozen classifier {:.2f} and {:.2f};".format(*costs[:4]) in text
     assert "{:.2f} and {:.2f}, {:.2f} and {:.2f} where the C library".format(*costs[4:]) in text
     page = " ".join((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8").split())
     assert f"falls from {costs[1]:.2f} to {costs[5]:.2f} plain steps" in page
@@ -206,8 +206,8 @@ def test_the_comparison_with_two_stages_is_that_of_its_result_file():
         assert f"{100 * accuracy:.2f} %" in page
 
 
-def runs_of(folder: Path, recipe: str) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(folder.rglob(f"vit-{recipe}-seed*.json"))]
+def runs_of(folder: Path, recipe: str, backbone: str = "vit") -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob(f"{backbone}-{recipe}-seed*.json"))]
 
 
 def certified(runs: list[dict]) -> list[str]:
@@ -215,11 +215,12 @@ def certified(runs: list[dict]) -> list[str]:
     return [f"{mean(run['certificate'][name] for run in runs):.3f}" for name in ("correlation", "error_ratio")]
 
 
-def cifar10_numbers(setting: str, recipe: str) -> tuple[list[str], list[float]]:
+def cifar10_numbers(setting: str, recipe: str, backbone: str = "vit") -> tuple[list[str], list[float]]:
     """Accuracies (plain, joint), correlation and error, means over seeds as README writes them; the differences."""
     folder = RESULTS / "recipe_study" / setting
-    joint = runs_of(folder, recipe)
-    plain = [json.loads((folder / f"vit-plain-seed{run['settings']['seed']}.json").read_text()) for run in joint]
+    joint = runs_of(folder, recipe, backbone)
+    controls = [folder / f"{backbone}-plain-seed{run['settings']['seed']}.json" for run in joint]
+    plain = [json.loads(path.read_text()) for path in controls]
     texts = [f"{100 * mean(run['accuracy'] for run in runs):.2f} %" for runs in (plain, joint)]
     return texts + certified(joint), [
         100 * (ours["accuracy"] - other["accuracy"]) for ours, other in zip(joint, plain, strict=True)
@@ -232,7 +233,13 @@ def test_the_sentence_on_cifar10_is_that_of_its_result_files():
     fine_tuned, others = cifar10_numbers("vit_fine_tuned_8_epochs", "pooled-own_layer-four_pairs-then_the_head_alone")
     name = "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone"
     frozen = runs_of(RESULTS / "recipe_study", name)
-    assert re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence) == from_scratch + fine_tuned + certified(frozen)
+    vit, of_vit = cifar10_numbers("vit_fine_tuned_8_epochs", "with_adapters")
+    convnext, of_convnext = cifar10_numbers("convnext_fine_tuned", "with_adapters-convolutions", "convnext")
+    errors = [vit[-1], convnext[-1]]
+    assert re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence) == from_scratch + errors + fine_tuned + certified(frozen)
+    seeds = "one seed" if len(of_vit) == 1 else f"mean of {len(of_vit)} seeds"
+    assert f"{mean(of_vit):+.2f} points for a ViT after 8 epochs ({seeds})" in sentence
+    assert f"{of_convnext[0]:+.2f} for a ConvNeXt after 4 (one seed)" in sentence and len(of_convnext) == 1
     assert sentence.endswith(f"(means of {len(frozen)} seeds).")
     for points in (differences, others):
         assert f"difference {mean(points):.2f} points, standard deviation {stdev(points):.2f}" in sentence
