@@ -100,7 +100,6 @@ ADAPTERS = BASE | dict(
     value_gradient_fraction=0.25,
     attribution_learning_rate=4e-3,
 )
-CONVOLUTIONS = dict(vote_readout="pooled", influence_block="convolution", influence_layers=5, influence_gradient=0.0)
 # The labels alone teach the classifier.
 APART = dict(coalition_adapter_size=64, influence_gradient=0.0, coalition_gradient=0.0)
 HEAD_ALONE = dict(coalition_weight=0.0, shapley_warmup=0.0, value_gradient=0.0)
