@@ -234,12 +234,11 @@ def test_the_sentence_on_cifar10_is_that_of_its_result_files():
     name = "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone"
     frozen = runs_of(RESULTS / "recipe_study", name)
     vit, of_vit = cifar10_numbers("vit_fine_tuned_8_epochs", "with_adapters")
-    convnext, of_convnext = cifar10_numbers("convnext_fine_tuned", "with_adapters-convolutions", "convnext")
+    convnext, of_convnext = cifar10_numbers("convnext_fine_tuned_8_epochs", "with_adapters-convolutions", "convnext")
     errors = [vit[-1], convnext[-1]]
     assert re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence) == from_scratch + errors + fine_tuned + certified(frozen)
-    seeds = "one seed" if len(of_vit) == 1 else f"mean of {len(of_vit)} seeds"
-    assert f"{mean(of_vit):+.2f} points for a ViT after 8 epochs ({seeds})" in sentence
-    assert f"{of_convnext[0]:+.2f} for a ConvNeXt after 4 (one seed)" in sentence and len(of_convnext) == 1
+    assert f"{mean(of_vit):+.2f} points for a ViT (mean of {len(of_vit)} seeds)" in sentence
+    assert f"{of_convnext[0]:+.2f} for a ConvNeXt (one seed) after 8 epochs" in sentence and len(of_convnext) == 1
     assert sentence.endswith(f"(means of {len(frozen)} seeds).")
     for points in (differences, others):
         assert f"difference {mean(points):.2f} points, standard deviation {stdev(points):.2f}" in sentence
