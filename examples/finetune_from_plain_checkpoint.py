@@ -136,7 +136,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plain_epochs", type=float, default=15, help="of the plain ViT on digits")
     parser.add_argument("--epochs", type=float, default=30, help="of the joint fine-tuning")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the joint fine-tuning")
-    parser.add_argument("--shapley_weight", type=float, default=1.0, help="more: better attributions, less accuracy")
+    parser.add_argument("--shapley_weight", type=float, default=1.0, help="of the Shapley regression")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--certified_images", type=int, default=16, help="pictures whose attributions are checked")
     parser.add_argument("--budget", type=int, default=1024, help="coalitions per picture checked")

@@ -164,8 +164,7 @@ class AttributionHead(nn.Module):
             if self.own_layers:
                 self.own_blocks = nn.ModuleList(make_block() for _ in range(self.own_layers))
                 self.own_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-            own_kinds = {"mlp": ResidualMLP, "convolution": NarrowConvolution}
-            kind = own_kinds.get(config.influence_block)
+            kind = {"mlp": ResidualMLP, "convolution": NarrowConvolution}.get(config.influence_block)
             self.influence_blocks = nn.ModuleList(
                 kind(hidden_size, config.hidden_act) if kind else make_block() for _ in range(config.influence_layers)
             )
