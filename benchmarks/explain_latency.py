@@ -21,12 +21,12 @@ HEADS: dict[str, dict] = {
 GOAL = {"time": 1.02, "memory": 1.1}
 
 
-def forward(model, pixel_values: torch.Tensor) -> Callable[[], object]:
+def forward(model, pixel_values: torch.Tensor, **options) -> Callable[[], object]:
     """A forward pass without gradients."""
 
     @torch.inference_mode()
     def step() -> object:
-        return model(pixel_values)
+        return model(pixel_values, **options)
 
     return step
 

@@ -165,14 +165,18 @@ RECIPES = {
         start="plain/model",
     ),
     **{
-        f"plain, then frozen with adapters, four pairs, four own layers, then the head alone{longer}": Recipe(
-            ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
+        f"plain, then frozen with adapters, {change}four pairs, four own layers, then the head alone{longer}": Recipe(
+            ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125) | training,
             _pooled(influence_own_layers=4, coalition_adapter_size=64),
             head_epochs=head_epochs,
             frozen=True,
             start="plain/model",
         )
-        for longer, head_epochs in {", longer": 12, " for 32 epochs": 32}.items()
+        for change, training, longer, head_epochs in (
+            ("", {}, ", longer", 12),
+            ("", {}, " for 32 epochs", 32),
+            ("values 0.1, ", dict(value_gradient=0.1), " for 32 epochs", 32),
+        )
     },
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # What `fine_tuning_recipe` recommends for a ViT, and what differs from it in one thing each.

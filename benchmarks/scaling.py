@@ -32,6 +32,7 @@ PLAYERS_IN_BATCH = 1024
 BASELINES = {  # kind -> what it is a multiple of
     "plain forward": "plain forward",
     "explained forward": "plain forward",
+    "best label explained": "plain forward",
     "forward with a pair": "plain forward",
     "plain step": "plain step",
     "joint step": "plain step",
@@ -68,6 +69,7 @@ def steps_of(shape: str, case: dict, folder: str) -> dict:
     return {
         "plain forward": forward(plain, pixel_values),
         "explained forward": forward(ours, pixel_values),
+        "best label explained": forward(ours, pixel_values, attributed=1),
         "forward with a pair": pair,
         "plain step": plain_step(build(shape, plain=True, **options).train(), inputs),
         "joint step": joint_step(build(shape, **options).train(), inputs, folder),

@@ -79,6 +79,10 @@ def test_explain_compiles_without_graph_breaks(backbone):
     pixel_values = inputs()["pixel_values"]
     explain = torch.compile(model.explain, fullgraph=True, backend="aot_eager", dynamic=False)
     torch.testing.assert_close(explain(pixel_values), model.explain(pixel_values), atol=1e-6, rtol=1e-5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        found, expected = (each(pixel_values, attributed=2) for each in (compiled, model))
+    torch.testing.assert_close(found.attributions, expected.attributions, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on a CPU")

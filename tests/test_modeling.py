@@ -278,9 +278,29 @@ def test_maps_hold_the_attributions_of_the_chosen_labels(model, pixel_values):
     maps = model.explain(pixel_values)
     assert maps.shape == (3, 5, 4, 6)
     torch.testing.assert_close(maps[1, 2, 3, 4], attributions[1, 3 * 6 + 4, 2])
-    assert torch.equal(model.explain(pixel_values, ["LABEL_3", 1]), maps[:, [3, 1]])
+    torch.testing.assert_close(model.explain(pixel_values, ["LABEL_3", 1]), maps[:, [3, 1]])
     per_image = torch.tensor([[0], [4], [2]])
-    assert torch.equal(model.explain(pixel_values, per_image)[:, 0], maps[range(3), [0, 4, 2]])
+    torch.testing.assert_close(model.explain(pixel_values, per_image)[:, 0], maps[range(3), [0, 4, 2]])
+
+
+def test_the_best_labels_can_be_attributed_alone(model, pixel_values):
+    expected = model(pixel_values)
+    found = model(pixel_values, attributed=2)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert torch.equal(found.attributed_labels, expected.logits.topk(2).indices)
+    chosen = found.attributed_labels.unsqueeze(1).expand(-1, PLAYERS, -1)
+    torch.testing.assert_close(found.attributions, expected.attributions.gather(2, chosen))
+
+
+@pytest.mark.parametrize("labels", [0, 6, 1.5, ["cat"], [5], torch.zeros(2, 1, dtype=torch.long)])
+def test_bad_labels_to_attribute_are_refused(model, pixel_values, labels):
+    with pytest.raises((TypeError, ValueError), match="attributed|labels"):
+        model(pixel_values, attributed=labels)
+
+
+def test_some_labels_alone_are_attributed_in_the_ordinary_forward_only(model, pixel_values):
+    with pytest.raises(ValueError, match="drop `coalition_ids`"):
+        model(pixel_values, coalitions_to_ids(draw()), attributed=2)
 
 
 def test_upsampled_maps_keep_their_sum(model, pixel_values):

@@ -76,7 +76,7 @@ def test_entries_hold_what_the_model_gives(model, backbone):
     order = logits.argsort(descending=True).tolist()
     assert [entry["label"] for entry in entries] == [f"LABEL_{label}" for label in order]
     for entry, label in zip(entries, order, strict=True):
-        np.testing.assert_array_equal(entry["attributions"], maps[label].numpy())
+        np.testing.assert_allclose(entry["attributions"], maps[label].numpy(), atol=1e-6)
         assert entry["score"] == pytest.approx(logits.softmax(0)[label].item(), abs=1e-6)
         assert entry["base_value"] == output.base_values[label].item()
 

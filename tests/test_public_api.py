@@ -21,6 +21,7 @@ INTERNAL = {
         "coalition_adapters",
         "is_own_part",
         "learning_less",
+        "linear_of",
         "scale_gradient",
         "share_evenly",
         "sums_of_linear",

@@ -97,6 +97,13 @@ def test_the_scaling_is_that_of_its_result_file():
         assert re.search(rf"{joint} for {name}\s\((the plain one: )?{plain}\)", README)
         assert [row["labels"] for row in found["labels"][shape]["rows"]] == [10, 100, 1000, 10_000]
         assert abs(found["labels"][shape]["exponents"]["joint step"]) < 0.005
+    most = [found["labels"][shape]["rows"][-1] for shape in ("vit-tiny", "convnext-atto")]
+    best, every = (
+        " and ".join(f"{row[kind]['cpu_ratio']:.2f}" for row in most)
+        for kind in ("best label explained", "explained forward")
+    )
+    assert f"To explain the best of 10,000 labels takes these two {best} plain\nforwards" in README
+    assert f"to explain all of them {every}." in README
     assert f"{found['processes']['speedup']:.2f} times as fast as one" in README
     assert found["processes"]["same_files"]
 

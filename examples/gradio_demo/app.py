@@ -108,7 +108,8 @@ def explain(classifier: ShapleyImageClassificationPipeline, data: bytes) -> Expl
         raise ValueError(f"Pictures may have at most {MAX_BYTES / 1e6:.0f} MB, got {len(data) / 1e6:.1f} MB.")
     original = load_image(data, max_pixels=MAX_PIXELS)
     inputs = classifier.preprocess(original)
-    outputs = classifier.forward(inputs)  # one forward pass gives everything below
+    everything = range(classifier.model.config.num_labels)
+    outputs = classifier.forward(inputs, label_ids=everything)  # one forward pass gives all that is shown
     maps, logits = outputs["maps"][0], outputs["logits"][0]
     picture, factor = _shown(original)
     return Explanation(

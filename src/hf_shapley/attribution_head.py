@@ -30,7 +30,8 @@ class ShapleyImageClassifierOutput(ModelOutput):
         loss: classification loss, scalar; when `labels` were given.
         logits: (B, K), float32: v(all) = base_values + votes summed over players.
         attributions: (B, N, K), float32, in logits: what each patch adds for each label; their sum over players is
-            logits - base_values.
+            logits - base_values. Of L labels, (B, N, L), with `attributed`.
+        attributed_labels: (B, L), long: the ids of those labels.
         base_values: (K), float32: v(empty), the same for every image.
         coalition_votes: (B', R, N, K), float32: each player's vote when it sees only its own coalition; when
             `coalition_ids` (B', R, N) were given.
@@ -43,6 +44,7 @@ class ShapleyImageClassifierOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     attributions: Tensor | None = None
+    attributed_labels: Tensor | None = None
     base_values: Tensor | None = None
     coalition_votes: Tensor | None = None
     coalition_gains: Tensor | None = None
@@ -193,12 +195,24 @@ class AttributionHead(nn.Module):
             tokens = learning_less(block, share)(tokens)
         return tokens
 
-    def attributions(self, tokens: Tensor, votes: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Votes of the full image, plus the influence term where there is one: (B, N, D), (B, N, K) -> (B, N, K)."""
+    def attributions(
+        self, tokens: Tensor, votes: Tensor, grid: tuple[int, int], labels: Tensor | None = None
+    ) -> Tensor:
+        """Votes of the full image, plus the influence term where there is one.
+
+        Args:
+            tokens: of the players, (B, N, D).
+            votes: of every label, (B, N, K), or of some, (B, N, L).
+            grid: (h, w) of the players.
+            labels: those labels' ids, (B, L).
+
+        Returns:
+            As `votes`.
+        """
         votes = scale_gradient(votes, self.vote_gradient)
         if self.influence is None:
             return votes
-        influence = nn.functional.linear(self._influence_tokens(tokens, grid), self.influence.weight).float()
+        influence = linear_of(self._influence_tokens(tokens, grid), self.influence.weight, labels).float()
         influence.div_(tokens.shape[-2])  # in place: with many labels this is the largest tensor of a forward
         return influence.sub_(influence.mean(dim=-2, keepdim=True)).add_(votes)
 
@@ -265,6 +279,11 @@ def share_evenly(pooled: Tensor, members: Tensor) -> Tensor:
     shares = members.shape[-1] / members.sum(-1).clamp(min=1)  # (..., G)
     with torch.autocast(pooled.device.type, enabled=False):
         return (members * shares.unsqueeze(-1)).transpose(-1, -2) @ pooled.float()
+
+
+def linear_of(tokens: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
+    """A linear map to every label, (B, N, D), (K, D) -> (B, N, K), or to each image's own (B, L) -> (B, N, L)."""
+    return nn.functional.linear(tokens, weight) if labels is None else tokens @ weight[labels].mT
 
 
 def sums_of_linear(tokens: Tensor, coalitions: Tensor, weight: Tensor) -> Tensor:
@@ -410,6 +429,7 @@ class ShapleyImageClassifierMixin:
         num_coalitions: int | None = None,
         sums_only: bool = False,
         num_with_gradient: int | None = None,
+        attributed: int | Sequence[int | str] | Tensor | None = None,  # "label" in its name would mislead the Trainer
         **kwargs: Any,
     ) -> ShapleyImageClassifierOutput:
         """Classify images, attribute every label to the patches and, if asked, play the game.
@@ -427,26 +447,25 @@ class ShapleyImageClassifierMixin:
                 grows with the number of labels.
             num_with_gradient: only the first so many of the B' images' coalitions are differentiated through; those
                 of the others are evaluated without gradient, at a third of the cost of a training step. Default all.
+            attributed: attribute some labels only, at a cost that does not grow with K: the k best of each image, or
+                what `explain` takes. For the ordinary forward only. Default all.
             **kwargs: `output_hidden_states`, `output_attentions`, for the ordinary forward only.
 
         Returns:
             `ShapleyImageClassifierOutput`.
 
         Raises:
-            ValueError: for pixels or ids of a wrong shape, dtype or range.
+            ValueError: for pixels, ids or labels of a wrong shape, dtype or range.
         """
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
-        if labels is not None:
-            labels = self._check_targets(labels, len(pixel_values))
-            check_device(labels, "labels", pixel_values.device)
+        labels = None if labels is None else self._check_targets(labels, pixel_values)
         if sums_only and coalition_ids is None:
             raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
-        recorded = {}
-        members = structured = None
+        members, structured, recorded = None, None, {}
         if coalition_ids is None:
             (tokens, voting, empty), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
-            _check_nothing_is_recorded(kwargs)
+            _check_ordinary_options({**kwargs, "attributed": attributed})
             num_coalitions = _check_coalition_ids(coalition_ids, num_coalitions, len(pixel_values), grid)
             num_with_gradient = _check_num_with_gradient(num_with_gradient, len(coalition_ids))
             check_device(coalition_ids, "coalition_ids", pixel_values.device)
@@ -462,8 +481,10 @@ class ShapleyImageClassifierMixin:
             structured = self.attribution_head.voters(structured, members, empty, playing=True)  # (B', R, N, D)
         if sums_only:
             gains, fields = self._sums(tokens, voters, structured, members, grid)
-        else:
+        elif attributed is None:
             gains, fields = self._votes(tokens, voters, structured, grid)
+        else:
+            gains, fields = self._chosen(tokens, voters, base_values, attributed, grid)
         for name in {"coalition_gains", "coalition_votes"} & fields.keys():
             fields[name] = _detached_beyond(fields[name], num_with_gradient)
         logits = base_values + gains  # (B, K)
@@ -489,14 +510,38 @@ class ShapleyImageClassifierMixin:
         self, tokens: Tensor, voters: Tensor, structured: Tensor | None, grid: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gain of the full image (B, K), and the output's fields that hold something for each player."""
-        if self.attribution_head.pooled:  # all patches of the full image vote the same
-            votes = (self._votes_of(voters[:, :1]) / voters.shape[1]).expand(*voters.shape[:2], -1)  # (B, N, K)
-        else:
-            votes = self._votes_of(voters)
+        votes = self._shared_votes(voters) if self.attribution_head.pooled else self._votes_of(voters)  # (B, N, K)
         fields = {"attributions": self.attribution_head.attributions(tokens, votes, grid)}
         if structured is not None:
             fields["coalition_votes"] = self._votes_of(structured, self.attribution_head.coalition_gradient)
         return votes.sum(dim=1), fields
+
+    def _chosen(
+        self, tokens: Tensor, voters: Tensor, base_values: Tensor, labels: Any, grid: tuple[int, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gain of the full image (B, K), and attributions of some labels only: of given ones, or of the best."""
+        labels = self._labels_to_attribute(labels, len(voters))
+        pooled = self.attribution_head.pooled
+        if pooled:
+            votes = self._shared_votes(voters)
+            gains = votes.sum(dim=1)
+        else:
+            everyone = torch.ones(len(voters), 1, voters.shape[-2], dtype=torch.bool, device=voters.device)
+            gains = self._gains(voters, everyone).squeeze(1)
+        if isinstance(labels, int):
+            labels = (base_values + gains).topk(labels).indices
+        if pooled:
+            votes = votes.gather(2, labels.unsqueeze(1).expand(-1, votes.shape[1], -1))  # (B, N, L)
+        else:
+            # As precise as their sums are, for these must add up to the logits.
+            with torch.autocast(voters.device.type, enabled=False):
+                votes = linear_of(voters.float(), self.classifier.weight.float(), labels) / voters.shape[1]
+        attributions = self.attribution_head.attributions(tokens, votes, grid, labels)
+        return gains, {"attributions": attributions, "attributed_labels": labels}
+
+    def _shared_votes(self, voters: Tensor) -> Tensor:
+        """Votes of the full image with a pooled readout, where all patches vote the same: (B, N, D) -> (B, N, K)."""
+        return (self._votes_of(voters[:, :1]) / voters.shape[1]).expand(*voters.shape[:2], -1)
 
     def _votes_of(self, voters: Tensor, share: float = 1.0) -> Tensor:
         """Each player's vote, divided by the number of players: (..., N, D) -> (..., N, K), float32."""
@@ -541,12 +586,11 @@ class ShapleyImageClassifierMixin:
             (B, K or L, h, w) float32 on the model's device; a map's sum is its label's logit less its base value.
         """
         height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
-        with _evaluating(self):
-            attributions = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).attributions
-        maps = attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K, h, w)
         if labels is not None:
-            chosen = self._label_ids(labels, len(maps))  # (B, L)
-            maps = maps.gather(1, chosen[..., None, None].expand(-1, -1, height, width))
+            labels = self._label_ids(labels, len(pixel_values))
+        with _evaluating(self):
+            outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attributed=labels)
+        maps = outputs.attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K or L, h, w)
         return upsample_attributions(maps, tuple(pixel_values.shape[-2:])) if upsample else maps
 
     @torch.no_grad()
@@ -632,10 +676,11 @@ class ShapleyImageClassifierMixin:
             )
         return grid
 
-    def _check_targets(self, labels: Tensor, batch: int) -> Tensor:
+    def _check_targets(self, labels: Tensor, pixel_values: Tensor) -> Tensor:
         """Refuse labels that the loss of `config.problem_type` cannot take; integers come back as long."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"`labels` must be a tensor, got {describe(labels)}.")
+        batch = len(pixel_values)
         num_labels, problem = self.config.num_labels, self.config.problem_type
         integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         single = problem == "single_label_classification" or (problem is None and num_labels > 1 and integers)
@@ -646,7 +691,20 @@ class ShapleyImageClassifierMixin:
         elif labels.device.type == "cpu" and not torch.compiler.is_compiling():
             ids = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
             check_label_ids(ids, "labels", batch, num_labels, may_be_unknown=True)
+        check_device(labels, "labels", pixel_values.device)
         return labels.long() if single else labels
+
+    def _labels_to_attribute(self, labels: int | Sequence[int | str] | Tensor, batch: int) -> Tensor | int:
+        """Label ids (batch, L), or how many of the best; refuse others."""
+        if not isinstance(labels, int):
+            return self._label_ids(labels, batch)
+        if not torch.compiler.is_compiling():
+            check_count(labels, "attributed")
+            if labels > self.config.num_labels:
+                raise ValueError(
+                    f"`attributed` must be at most the model's {self.config.num_labels} labels, got {labels}."
+                )
+        return labels
 
     def _label_ids(self, labels: Sequence[int | str] | Tensor, batch: int) -> Tensor:
         """Label ids or names to long (batch, L)."""
@@ -661,7 +719,7 @@ class ShapleyImageClassifierMixin:
             ids = ids.expand(batch, -1)
         if ids.ndim != 2 or len(ids) != batch or ids.numel() == 0:
             raise ValueError(f"`labels` must hold L labels or be of shape ({batch}, L), got {tuple(labels.shape)}.")
-        if ids.min() < 0 or ids.max() >= num_labels:
+        if not torch.compiler.is_compiling() and (ids.min() < 0 or ids.max() >= num_labels):
             raise ValueError(f"`labels` must lie in [0, {num_labels}), got {ids.min().item()} to {ids.max().item()}.")
         return ids
 
@@ -718,12 +776,11 @@ def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, batch: int, gr
     return highest + 1
 
 
-def _check_nothing_is_recorded(options: dict[str, Any]) -> None:
-    """Refuse to record what a forward under coalition structures does not record."""
-    if any(options.get(name) for name in ("output_hidden_states", "output_attentions")):
-        raise ValueError(
-            "Hidden states and attentions are recorded for the ordinary forward only: drop `coalition_ids`."
-        )
+def _check_ordinary_options(options: dict[str, Any]) -> None:
+    """Refuse what a forward under coalition structures does not give."""
+    for name in ("output_hidden_states", "output_attentions", "attributed"):
+        if options.get(name) is not None and options[name] is not False:
+            raise ValueError(f"`{name}` is for the ordinary forward only: drop `coalition_ids`.")
 
 
 def _check_num_with_gradient(count: int | None, images: int) -> int:

@@ -142,20 +142,20 @@ def _explain(options: argparse.Namespace) -> None:
     image = load_image(options.image)
     model, processor = _load(options.model)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
+    num_labels = model.config.num_labels
+    if not 1 <= options.top_k <= num_labels:
+        raise ValueError(f"`--top-k` must lie in [1, {num_labels}], got {options.top_k}.")
     with torch.no_grad():
-        logits = model(pixels).logits[0]
-    if not 1 <= options.top_k <= len(logits):
-        raise ValueError(f"`--top-k` must lie in [1, {len(logits)}], got {options.top_k}.")
-    names = model.config.id2label
-    labels = options.label or [names[index] for index in logits.topk(options.top_k).indices.tolist()]
-    maps = model.explain(pixels, labels)[0]  # (labels, h, w)
-    ids = [model.config.label2id[label] for label in labels]
+        outputs = model(pixels, attributed=options.label or options.top_k)
+    logits, ids = outputs.logits[0], outputs.attributed_labels[0].tolist()
+    labels = [model.config.id2label[index] for index in ids]
+    maps = outputs.attributions[0].T.unflatten(1, model.grid_size(*pixels.shape[-2:]))  # (labels, h, w)
     answer = [
         {
             "label": label,
             "score": logits.softmax(-1)[index].item(),
             "logit": logits[index].item(),
-            "base_value": model.base_values[index].item(),
+            "base_value": outputs.base_values[index].item(),
             "attributions": values.tolist(),
         }
         for label, index, values in zip(labels, ids, maps, strict=True)

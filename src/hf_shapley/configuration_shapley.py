@@ -71,6 +71,7 @@ class ShapleyConfigMixin:
     # Trainer's evaluation would otherwise gather every attribution of the data set (images x players x labels).
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "attributions",
+        "attributed_labels",
         "base_values",
         "coalition_votes",
         "coalition_gains",

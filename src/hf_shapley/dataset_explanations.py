@@ -105,7 +105,7 @@ def explain_dataset(
     source = _Source(dataset, image_column)
     accelerator = accelerator or Accelerator()
     folder, started = Path(output_dir), time.perf_counter()
-    choose = _label_chooser(model, labels)
+    attributed = _attributed_labels(model, labels)
     if accelerator.is_main_process:
         settings = {
             "model": _digest(model),
@@ -128,7 +128,7 @@ def explain_dataset(
     batches = source.batches(batch_size, shard_size, is_wanted)
     prepared = ((start, _pixel_values(image_processor, images, start)) for start, images in batches)
     with tqdm(total=total, unit=" images", desc="explaining", disable=hidden) as bar:
-        computed = _write_rows(model, prepared, _Writer(folder, shard_size), accelerator, choose, bar)
+        computed = _write_rows(model, prepared, _Writer(folder, shard_size), accelerator, attributed, bar)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _complete(folder, source.num_rows or 0, shard_size)
@@ -252,7 +252,7 @@ def _write_rows(
     batches: Iterator[tuple[int, Tensor]],
     writer: _Writer,
     accelerator: Accelerator,
-    choose: Callable[[Tensor], Tensor],
+    attributed: int | Tensor | None,
     bar: tqdm,
 ) -> int:
     """Explain and write batches of (number of the first row, pixel values); return how many rows they had."""
@@ -261,7 +261,7 @@ def _write_rows(
     with _evaluating(model), writer:
         for start, pixel_values in _ahead(batches):
             with accelerator.autocast():
-                table = _explain(model, pixel_values.to(accelerator.device), start, choose)
+                table = _explain(model, pixel_values.to(accelerator.device), start, attributed)
             writer.write(start, table)
             computed += table.num_rows
             bar.update(table.num_rows)
@@ -269,15 +269,14 @@ def _write_rows(
 
 
 @torch.inference_mode()
-def _explain(model: PreTrainedModel, pixel_values: Tensor, start: int, choose: Callable[[Tensor], Tensor]) -> pa.Table:
+def _explain(model: PreTrainedModel, pixel_values: Tensor, start: int, attributed: int | Tensor | None) -> pa.Table:
     """One forward -> the rows from `start` on."""
-    output = model(pixel_values)
+    output = model(pixel_values, attributed=attributed)
     logits = output.logits
     multi_label = model.config.problem_type == "multi_label_classification"
     scores, predicted = (logits.sigmoid() if multi_label else logits.softmax(-1)).max(dim=-1)
-    label_ids = choose(logits)  # (B, L)
-    chosen = output.attributions.gather(2, label_ids.unsqueeze(1).expand(-1, output.attributions.shape[1], -1))
-    maps = chosen.transpose(1, 2).unflatten(-1, model.grid_size(*pixel_values.shape[-2:]))  # (B, L, h, w)
+    label_ids = torch.arange(logits.shape[1]).expand_as(logits) if attributed is None else output.attributed_labels
+    maps = output.attributions.transpose(1, 2).unflatten(-1, model.grid_size(*pixel_values.shape[-2:]))  # (B, L, h, w)
     return pa.table(
         {
             "row": _nested(torch.arange(start, start + len(logits))),
@@ -319,21 +318,18 @@ def _pixel_values(image_processor: Any, images: list[Any], start: int) -> Tensor
     return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 
-def _label_chooser(model: PreTrainedModel, labels: Any) -> Callable[[Tensor], Tensor]:
-    """Function from logits (B, K) to the ids of the labels to attribute, long (B, L)."""
+def _attributed_labels(model: PreTrainedModel, labels: Any) -> int | Tensor | None:
+    """What to ask a forward for: how many of the best labels, ids (L) of given ones, or None for all."""
+    if isinstance(labels, str):
+        if labels not in ("predicted", "all"):
+            raise ValueError(f'`labels` must be "predicted", "all", a count, or a list of labels, got {labels!r}.')
+        return 1 if labels == "predicted" else None
+    if not isinstance(labels, int):
+        return model._label_ids(labels, 1)[0]
     num_labels = model.config.num_labels
-    counts: dict[str | int, int] = {"predicted": 1, "all": num_labels}
-    if isinstance(labels, str) and labels not in counts:
-        raise ValueError(f'`labels` must be "predicted", "all", a count, or a list of labels, got {labels!r}.')
-    if not isinstance(labels, str | int):
-        ids = model._label_ids(labels, 1)
-        return lambda logits: ids.to(logits.device).expand(len(logits), -1)
-    if labels == "all":
-        return lambda logits: torch.arange(num_labels, device=logits.device).expand(len(logits), -1)
-    count = counts[labels] if isinstance(labels, str) else labels
-    if not 1 <= count <= num_labels:
-        raise ValueError(f"`labels` must be at least 1 and at most the model's {num_labels} labels, got {count}.")
-    return lambda logits: logits.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    if not 1 <= labels <= num_labels:
+        raise ValueError(f"`labels` must be at least 1 and at most the model's {num_labels} labels, got {labels}.")
+    return labels
 
 
 def _check_inputs(model: Any, dataset: Any, column: str) -> None:

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .attribution_head import _evaluating
 from .checks import check_finite, check_floats, known_labels
 from .images import load_image
 
@@ -218,12 +219,11 @@ def _explain(
 ) -> list[list]:
     """Maps (B, h, w), label ids, base values and logits (B) of one label per image, as lists."""
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    maps = model.explain(pixel_values)  # (B, K, h, w)
-    base_values = model.base_values  # (K)
-    logits = base_values + maps.sum(dim=(2, 3))  # exact up to rounding: that is what attributions are
-    chosen = logits.argmax(dim=1) if label_ids is None else label_ids.to(logits.device)  # (B)
-    rows = torch.arange(len(maps), device=maps.device)
-    columns = maps[rows, chosen], chosen, base_values[chosen], logits[rows, chosen]
+    with torch.no_grad(), _evaluating(model):
+        outputs = model(pixel_values, attributed=1 if label_ids is None else label_ids.unsqueeze(1))
+    maps = outputs.attributions.squeeze(2).unflatten(1, model.grid_size(*pixel_values.shape[-2:]))  # (B, h, w)
+    chosen = outputs.attributed_labels  # (B, 1)
+    columns = maps, chosen[:, 0], outputs.base_values[chosen[:, 0]], outputs.logits.gather(1, chosen)[:, 0]
     return [column.tolist() for column in columns]
 
 

@@ -124,10 +124,10 @@ class ShapleyImageClassificationPipeline(Pipeline):
         label_ids = None if labels is None else self._label_ids(labels)
         parts = (
             {"keep_image": overlay, "timeout": timeout},
-            {"top_k": top_k, "label_ids": label_ids, "function_to_apply": function_to_apply},
+            {"top_k": top_k, "label_ids": label_ids},
+            {"top_k": top_k, "function_to_apply": function_to_apply},
         )
-        preprocess, postprocess = ({name: x for name, x in part.items() if x is not None} for part in parts)
-        return preprocess, {}, postprocess
+        return tuple({name: x for name, x in part.items() if x is not None} for part in parts)
 
     def _label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Label ids of names or ids, each once."""
@@ -141,13 +141,17 @@ class ShapleyImageClassificationPipeline(Pipeline):
         inputs = {"pixel_values": pixel_values.to(self.dtype)}
         return {**inputs, "picture": image} if keep_image else inputs
 
-    def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """One forward for the batch: maps (B, K, h, w), logits (B, K) and base values (B, K), in float32."""
+    def _forward(
+        self, inputs: dict[str, Any], top_k: int | None = None, label_ids: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """One forward for the batch: logits and base values (B, K), label ids (B, L) and their maps (B, L, h, w)."""
         pixel_values = inputs["pixel_values"]
         grid = self.model.grid_size(*pixel_values.shape[-2:])
-        outputs = self.model(pixel_values)
+        best = min(5 if top_k is None else top_k, self.model.config.num_labels)
+        outputs = self.model(pixel_values, attributed=best if label_ids is None else label_ids)
         results = {
             "logits": outputs.logits,
+            "label_ids": outputs.attributed_labels,
             "maps": outputs.attributions.transpose(1, 2).unflatten(-1, grid),
             "base_values": outputs.base_values.expand_as(outputs.logits),
         }
@@ -157,28 +161,25 @@ class ShapleyImageClassificationPipeline(Pipeline):
         self,
         outputs: dict[str, Any],
         top_k: int | None = None,
-        label_ids: list[int] | None = None,
         function_to_apply: str | None = None,
     ) -> list[dict[str, Any]]:
         """One picture's outputs, each with a leading dimension of 1 -> a dict per label, best score first."""
-        logits, maps, base_values = (outputs[name][0] for name in ("logits", "maps", "base_values"))
+        names = ("logits", "label_ids", "maps", "base_values")
+        logits, label_ids, maps, base_values = (outputs[name][0] for name in names)
         scores = SCORES[function_to_apply or self._default_function()](logits)
-        candidates = range(len(scores)) if label_ids is None else label_ids
-        if top_k is None:
-            top_k = 5 if label_ids is None else len(label_ids)
-        shown = sorted(candidates, key=lambda label: scores[label].item(), reverse=True)[:top_k]
+        best = scores[label_ids].argsort(descending=True, stable=True)[:top_k]
         entries = [
             {
                 "label": self.model.config.id2label[label],
                 "score": scores[label].item(),
                 "logit": logits[label].item(),
                 "base_value": base_values[label].item(),
-                "attributions": maps[label].clone().numpy(),  # no view: it would keep all labels in memory
+                "attributions": attribution_map.clone().numpy(),  # no view: it would keep the batch in memory
             }
-            for label in shown
+            for label, attribution_map in zip(label_ids[best].tolist(), maps[best], strict=True)
         ]
         if "picture" in outputs:
-            self._add_overlays(entries, maps[shown], outputs["picture"])
+            self._add_overlays(entries, maps[best], outputs["picture"])
         return entries
 
     def _default_function(self) -> str:
