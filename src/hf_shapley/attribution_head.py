@@ -173,19 +173,18 @@ class AttributionHead(nn.Module):
             self.influence_norm = nn.LayerNorm(hidden_size)
             self.influence = ZeroLinear(hidden_size, config.num_labels, bias=False)
 
-    def voters(self, tokens: Tensor, members: Tensor, empty: Tensor | None, playing: bool = False) -> Tensor:
+    def voters(self, tokens: Tensor, members: Tensor, empty: Tensor | None, share: float = 1.0) -> Tensor:
         """What the classifier reads for each player.
 
         Args:
             tokens: of the players, (..., N, D); with `vote_readout="pooled"` one per coalition, (..., G, D).
             members: bool (..., G, N), True = member.
             empty: with "pooled", what `vote_tokens` makes of the empty coalition's token, (D).
-            playing: coalitions' tokens, of whose gradient the weights and `empty` get `coalition_gradient`.
+            share: of the gradient, what the weights and `empty` get.
 
         Returns:
             (..., N, D).
         """
-        share = self.coalition_gradient if playing else 1.0
         tokens = self.vote_tokens(tokens, share)
         return tokens if empty is None else share_evenly(tokens - scale_gradient(empty, share), members)
 
@@ -474,11 +473,11 @@ class ShapleyImageClassifierMixin:
             members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
             structured = self._played(embeddings, coalition_ids, members, num_with_gradient)
 
-        everyone = tokens.new_ones(voting.shape[0], 1, tokens.shape[1], dtype=torch.bool)
+        head = self.attribution_head
         empty, base_values = self._empty(empty)
-        voters = self.attribution_head.voters(voting, everyone, empty)  # (B, N, D)
+        voters = head.voters(voting, tokens.new_ones(voting.shape[0], 1, tokens.shape[1], dtype=torch.bool), empty)
         if structured is not None:
-            structured = self.attribution_head.voters(structured, members, empty, playing=True)  # (B', R, N, D)
+            structured = head.voters(structured, members, empty, head.coalition_gradient)  # (B', R, N, D)
         if sums_only:
             gains, fields = self._sums(tokens, voters, structured, members, grid)
         elif attributed is None:
@@ -526,7 +525,7 @@ class ShapleyImageClassifierMixin:
             votes = self._shared_votes(voters)
             gains = votes.sum(dim=1)
         else:
-            everyone = torch.ones(len(voters), 1, voters.shape[-2], dtype=torch.bool, device=voters.device)
+            everyone = torch.ones(voters.shape[0], 1, voters.shape[-2], dtype=torch.bool, device=voters.device)
             gains = self._gains(voters, everyone).squeeze(1)
         if isinstance(labels, int):
             labels = (base_values + gains).topk(labels).indices
