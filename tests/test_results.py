@@ -34,7 +34,8 @@ def test_the_demos_rows_are_those_of_their_result_files(name, title):
 
 def test_the_comparison_with_other_methods_is_that_of_its_result_file():
     found = json.loads((RESULTS / "faithfulness_digits.json").read_text())
-    rows = re.findall(r"^\| (?:\*\*)?([^|*]+?)(?:\*\*)? \| (\d+) \| (.+) \|$", README, flags=re.MULTILINE)
+    section = README[README.index("what other methods reach") : README.index("KernelSHAP needs")]
+    rows = re.findall(r"^\| (?:\*\*)?([^|*]+?)(?:\*\*)? \| (\d+) \| (.+) \|$", section, flags=re.MULTILINE)
     assert len(rows) == 9
     for name, evaluations, numbers in rows:
         method = found["methods"][name]
@@ -44,27 +45,47 @@ def test_the_comparison_with_other_methods_is_that_of_its_result_file():
     assert f"about {found['equivalent_evaluations_of_kernel_shap']:.0f} evaluations" in README
 
 
-def test_the_cost_of_a_step_is_that_of_its_result_file():
-    found = json.loads((RESULTS / "training_cost.json").read_text())["models"]
-    for variant in ("joint", "joint, quarter learns through v(S)"):
-        vit, convnext = (found[name][variant]["wall_ratio"] for name in ("vit-tiny", "convnext-tiny"))
-        assert re.search(rf"{vit:.2f} (plain steps for ViT-Ti/16 )?and {convnext:.2f}", README)
-    text = " ".join(README.split())
-    costs = []
-    for name in ("training_cost_fine_tuning", "training_cost_fine_tuning_memory_kept"):
+def cost_rows() -> list[str]:
+    """README's rows of costs in plain steps and forwards: a ViT's and a ConvNeXt's."""
+
+    def models_of(name: str) -> dict:
         found = json.loads((RESULTS / f"{name}.json").read_text())
-        assert bool(found["machine"]["allocator"]) == name.endswith("kept")
-        for variant in ("fine_tuning_recipe", "fine_tuning_recipe, frozen"):
-            costs += [found["models"][model][variant]["wall_ratio"] for model in ("vit-tiny", "convnext-tiny")]
-    assert "a step costs {:.2f} and {:.2f}, of a frozen classifier {:.2f} and {:.2f};".format(*costs[:4]) in text
-    assert "{:.2f} and {:.2f}, {:.2f} and {:.2f} where the C library".format(*costs[4:]) in text
+        assert bool(found["machine"].get("allocator")) == name.endswith("kept")
+        return found["models"]
+
+    rows = []
+    training = ("vit-tiny", "convnext-tiny")
+    for name, variant, title in (
+        ("training_cost_fine_tuning", "fine_tuning_recipe", "step with `fine_tuning_recipe`"),
+        ("training_cost_fine_tuning_memory_kept", "fine_tuning_recipe", "the same, memory kept"),
+        ("training_cost_fine_tuning", "fine_tuning_recipe, frozen", "step with it, the classifier frozen"),
+        ("training_cost_fine_tuning_memory_kept", "fine_tuning_recipe, frozen", "the same, memory kept"),
+        ("training_cost", "joint", "step with every default: a pair per image, all learning through v(S)"),
+        ("training_cost", "joint, quarter learns through v(S)", "the same, a quarter learning through v(S)"),
+    ):
+        models = models_of(name)
+        rows.append((title, *(f"{models[shape][variant]['wall_ratio']:.2f}" for shape in training)))
+    models = models_of("explain_latency")
+    explained = (models[shape]["batch 8"]["explained, fine_tuning_recipe"] for shape in ("vit-base", "convnext-tiny"))
+    rows.append(
+        ("forward that explains all of 1,000 labels, batch 8", *(f"{row['wall_ratio']:.2f}" for row in explained))
+    )
+    parts = json.loads((RESULTS / "scaling.json").read_text())["parts"]
+    for kind, title in (
+        ("explained forward", "forward that explains all of 10,000 labels"),
+        ("best label explained", "forward that explains the best of 10,000 labels"),
+    ):
+        most = (parts["labels"][shape]["rows"][-1] for shape in ("vit-tiny", "convnext-atto"))
+        rows.append((title, *(f"{row[kind]['cpu_ratio']:.2f}" for row in most)))
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def test_the_table_of_costs_is_that_of_its_result_files():
+    rows = cost_rows()
+    assert "\n".join(rows) in README
+    falls = [row.split(" | ")[2].removesuffix(" |") for row in rows[:2]]
     page = " ".join((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8").split())
-    assert f"falls from {costs[1]:.2f} to {costs[5]:.2f} plain steps" in page
-    found = json.loads((RESULTS / "explain_latency.json").read_text())["models"]
-    costs = [
-        found[name]["batch 8"]["explained, fine_tuning_recipe"]["wall_ratio"] for name in ("vit-base", "convnext-tiny")
-    ]
-    assert "takes {:.2f} plain forwards for ViT-B/16 and {:.2f}".format(*costs) in text
+    assert f"falls from {falls[0]} to {falls[1]} plain steps" in page
 
 
 def test_the_page_on_reliability_says_what_its_result_files_say():
@@ -94,16 +115,9 @@ def test_the_scaling_is_that_of_its_result_file():
         exponents = found["players"][shape]["exponents"]
         assert [row["players"] for row in found["players"][shape]["rows"]] == [16, 64, 196, 400, 1024]
         plain, joint = (f"{exponents[kind]:.2f}" for kind in ("plain step", "joint step"))
-        assert re.search(rf"{joint} for {name}\s\((the plain one: )?{plain}\)", README)
+        assert re.search(rf"{joint} for {name} \((the plain one: )?{plain}\)", " ".join(README.split()))
         assert [row["labels"] for row in found["labels"][shape]["rows"]] == [10, 100, 1000, 10_000]
         assert abs(found["labels"][shape]["exponents"]["joint step"]) < 0.005
-    most = [found["labels"][shape]["rows"][-1] for shape in ("vit-tiny", "convnext-atto")]
-    best, every = (
-        " and ".join(f"{row[kind]['cpu_ratio']:.2f}" for row in most)
-        for kind in ("best label explained", "explained forward")
-    )
-    assert f"To explain the best of 10,000 labels takes these two {best} plain\nforwards" in README
-    assert f"to explain all of them {every}." in README
     assert f"{found['processes']['speedup']:.2f} times as fast as one" in README
     assert found["processes"]["same_files"]
 
@@ -213,43 +227,60 @@ def test_the_comparison_with_two_stages_is_that_of_its_result_file():
         assert f"{100 * accuracy:.2f} %" in page
 
 
-def runs_of(folder: Path, recipe: str, backbone: str = "vit") -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(folder.rglob(f"{backbone}-{recipe}-seed*.json"))]
+def runs_of(folders: str, recipe: str, backbone: str) -> list[tuple[dict, dict]]:
+    """A recipe's runs in the folders of that pattern, each with the plain run of its folder and seed."""
+    found = []
+    for path in sorted((RESULTS / "recipe_study").glob(f"{folders}/{backbone}-{recipe}-seed*.json")):
+        run = json.loads(path.read_text())
+        plain = path.parent / f"{backbone}-plain-seed{run['settings']['seed']}.json"
+        found.append((json.loads(plain.read_text()), run))
+    return found
 
 
-def certified(runs: list[dict]) -> list[str]:
-    """Correlation and error, means over seeds as README writes them."""
-    return [f"{mean(run['certificate'][name] for run in runs):.3f}" for name in ("correlation", "error_ratio")]
+CIFAR10 = (
+    ("ViT, from scratch on 5,000 images", "vit_5000_images_from_scratch", "influence-votes_1-values_1"),
+    ("ViT, `fine_tuning_recipe`, 8 epochs", "vit_fine_tuned_8_epochs*", "with_adapters"),
+    (
+        "ViT, frozen, 8 more epochs",
+        "vit_fine_tuned_8_epochs*",
+        "plain-then_frozen_with_adapters",
+    ),
+    (
+        "ViT, frozen, four pairs, 12 more epochs",
+        "vit_fine_tuned_8_epochs*",
+        "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone",
+    ),
+    ("ConvNeXt, `fine_tuning_recipe`, 8 epochs", "convnext_fine_tuned_8_epochs", "with_adapters-convolutions"),
+    (
+        "ConvNeXt, frozen, four pairs, larger head, 40 more epochs",
+        "convnext_fine_tuned_8_epochs",
+        "plain-then_frozen_with_adapters-four_pairs-four_own_layers-then_the_head_alone_for_32_epochs",
+    ),
+)
 
 
-def cifar10_numbers(setting: str, recipe: str, backbone: str = "vit") -> tuple[list[str], list[float]]:
-    """Accuracies (plain, joint), correlation and error, means over seeds as README writes them; the differences."""
-    folder = RESULTS / "recipe_study" / setting
-    joint = runs_of(folder, recipe, backbone)
-    controls = [folder / f"{backbone}-plain-seed{run['settings']['seed']}.json" for run in joint]
-    plain = [json.loads(path.read_text()) for path in controls]
-    texts = [f"{100 * mean(run['accuracy'] for run in runs):.2f} %" for runs in (plain, joint)]
-    return texts + certified(joint), [
-        100 * (ours["accuracy"] - other["accuracy"]) for ours, other in zip(joint, plain, strict=True)
-    ]
+def cifar10_rows() -> list[str]:
+    """README's rows on CIFAR-10, means over seeds."""
+    rows = []
+    for title, folders, recipe in CIFAR10:
+        runs = runs_of(folders, recipe, title.split(",")[0].lower())
+        plain, joint = ([100 * run["accuracy"] for run in kind] for kind in zip(*runs, strict=True))
+        differences = [ours - other for ours, other in zip(joint, plain, strict=True)]
+        spread = f" (sd {stdev(differences):.2f})" if len(runs) > 1 else ""
+        cells = [
+            title,
+            str(len(runs)),
+            f"{mean(plain):.2f} %",
+            f"{mean(joint):.2f} %",
+            f"{mean(differences):+.2f}{spread}",
+            *(f"{mean(run['certificate'][name] for _, run in runs):.3f}" for name in ("correlation", "error_ratio")),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
-def test_the_sentence_on_cifar10_is_that_of_its_result_files():
-    sentence = " ".join(README[README.index("On CIFAR-10") : README.index("[Choosing a recipe]")].split())
-    from_scratch, differences = cifar10_numbers("vit_5000_images_from_scratch", "influence-votes_1-values_1")
-    fine_tuned, others = cifar10_numbers("vit_fine_tuned_8_epochs", "pooled-own_layer-four_pairs-then_the_head_alone")
-    name = "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone"
-    frozen = runs_of(RESULTS / "recipe_study", name)
-    vit, of_vit = cifar10_numbers("vit_fine_tuned_8_epochs", "with_adapters")
-    convnext, of_convnext = cifar10_numbers("convnext_fine_tuned_8_epochs", "with_adapters-convolutions", "convnext")
-    errors = [vit[-1], convnext[-1]]
-    assert re.findall(r"\d+\.\d{2} %|\d\.\d{3}", sentence) == from_scratch + errors + fine_tuned + certified(frozen)
-    assert f"{mean(of_vit):+.2f} points for a ViT (mean of {len(of_vit)} seeds)" in sentence
-    assert f"{of_convnext[0]:+.2f} for a ConvNeXt (one seed) after 8 epochs" in sentence and len(of_convnext) == 1
-    assert sentence.endswith(f"(means of {len(frozen)} seeds).")
-    for points in (differences, others):
-        assert f"difference {mean(points):.2f} points, standard deviation {stdev(points):.2f}" in sentence
-        assert f"means of {len(points)} seeds" in sentence
+def test_the_table_on_cifar10_is_that_of_its_result_files():
+    assert "\n".join(cifar10_rows()) in README
 
 
 @pytest.mark.parametrize(
@@ -261,9 +292,9 @@ def test_the_sentence_on_cifar10_is_that_of_its_result_files():
     ],
 )
 def test_the_recommended_recipe_is_one_that_was_measured(backbone, name, least):
-    runs = runs_of(RESULTS / "recipe_study", name, backbone)
+    runs = runs_of("*", name, backbone)
     assert len(runs) >= least
-    for found in runs:
+    for _, found in runs:
         assert found["frozen"] == ("frozen" in name)
         model_options, training_options = fine_tuning_recipe(found["settings"]["learning_rate"], backbone)
         if found["frozen"]:  # a classifier that does not learn takes no share of any gradient
