@@ -71,6 +71,11 @@ def assert_finite_and_efficient(model, pixels: torch.Tensor, players: int, *, ha
 
     with torch.no_grad():
         plain = model.eval()(pixels)
+        best = model(pixels, attributed=1)
+    logits = best.logits.gather(1, best.attributed_labels)
+    explained = best.base_values[best.attributed_labels] + best.attributions.sum(1)
+    terms = best.attributions.abs().amax(1) + logits.abs() + 1
+    assert ((explained - logits).abs() <= 1e-5 * players**0.5 * terms).all()
     gap = plain.base_values.double() + plain.attributions.double().sum(1) - plain.logits.double()
     size = plain.attributions.double().abs().sum(1) + plain.base_values.abs()
     assert (gap.abs() <= 4 * torch.finfo(torch.float32).eps * players**0.5 * size).all()
