@@ -102,6 +102,15 @@ def test_chosen_labels_are_all_given(classifier, expected):
     assert len(classifier(pictures(1)[0], labels=["eel", 1], top_k=1)) == 1
 
 
+def test_labels_that_are_not_shown_are_not_attributed():
+    model, attributed = make_model("vit"), []
+    model.register_forward_hook(lambda _, arguments, output: attributed.append(output.attributions.shape[-1]))
+    classifier = pipeline(TASK, model=model, image_processor=PROCESSOR, device="cpu", top_k=2)
+    for options in ({}, {"top_k": 1}, {"labels": [3, 1, 0]}):
+        classifier(pictures(1)[0], **options)
+    assert attributed == [2, 1, 3]
+
+
 @pytest.mark.parametrize(
     "function, apply",
     [
