@@ -148,15 +148,19 @@ RECIPES = {
     "plain, then the head alone, four pairs": Recipe(
         OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True, start="plain/model"
     ),
-    "plain, then frozen with adapters": Recipe(
-        ADAPTERS, _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64), frozen=True, start="plain/model"
-    ),
-    "plain, then frozen with adapters, values 0.1": Recipe(
-        ADAPTERS | dict(value_gradient=0.1),
-        _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64),
-        frozen=True,
-        start="plain/model",
-    ),
+    **{
+        f"plain, then frozen with adapters{change}": Recipe(
+            ADAPTERS | training,
+            _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64),
+            frozen=True,
+            start="plain/model",
+        )
+        for change, training in {
+            "": {},
+            ", values 0": dict(value_gradient=0.0),
+            ", values 0.1": dict(value_gradient=0.1),
+        }.items()
+    },
     "plain, then frozen with adapters, four pairs, then the head alone": Recipe(
         ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
         _pooled(influence_own_layers=1, coalition_adapter_size=64),
