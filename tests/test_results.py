@@ -242,15 +242,11 @@ CIFAR10 = (
     ("ViT, from scratch on 5,000 images", "vit_5000_images_from_scratch", "influence-votes_1-values_1"),
     ("ViT, `fine_tuning_recipe`, 8 epochs", "vit_fine_tuned_8_epochs*", "with_adapters"),
     (
-        "ViT, the same with four pairs, then the head alone",
+        "ViT, the same with four pairs, then 4 epochs of the head alone",
         "vit_fine_tuned_8_epochs*",
         "with_adapters-four_pairs-then_the_head_alone",
     ),
-    (
-        "ViT, frozen, 8 more epochs",
-        "vit_fine_tuned_8_epochs*",
-        "plain-then_frozen_with_adapters",
-    ),
+    ("ViT, frozen, 8 more epochs", "vit_fine_tuned_8_epochs*", "plain-then_frozen_with_adapters"),
     (
         "ViT, frozen, four pairs, 12 more epochs",
         "vit_fine_tuned_8_epochs*",

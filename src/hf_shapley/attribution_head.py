@@ -447,7 +447,7 @@ class ShapleyImageClassifierMixin:
             num_with_gradient: only the first so many of the B' images' coalitions are differentiated through; those
                 of the others are evaluated without gradient, at a third of the cost of a training step. Default all.
             attributed: attribute some labels only, at a cost that does not grow with K: the k best of each image, or
-                what `explain` takes. For the ordinary forward only. Default all.
+                what `explain` takes. For the ordinary forward only; its logits may round otherwise. Default all.
             **kwargs: `output_hidden_states`, `output_attentions`, for the ordinary forward only.
 
         Returns:
