@@ -108,8 +108,13 @@ CALLS = {
     ),
     "sample_coalitions": Call(
         lambda shape, **rest: coalitions.sample_coalitions(shape, **rest),
-        {"shape": 3, "num_players": N, "generator": torch.Generator()},
-        {"shape": "count or 0", "num_players": "count", "generator": "other"},
+        {"shape": 3, "num_players": N, "sizes": "spread", "generator": torch.Generator()},
+        {"shape": "count or 0", "num_players": "count", "sizes": "other", "generator": "other"},
+    ),
+    "importance_weights": Call(
+        coalitions.importance_weights,
+        {"coalitions": PRESENT, "sizes": "spread"},
+        {"coalitions": "bool any shape", "sizes": "other"},
     ),
     "enumerate_coalitions": Call(coalitions.enumerate_coalitions, {"num_players": N}, {"num_players": "few"}),
     "ranked_coalitions": Call(coalitions.ranked_coalitions, {"scores": draw(B, N)}, {"scores": "scores"}),
@@ -131,13 +136,13 @@ CALLS = {
     ),
     "paired_shapley_loss": Call(
         losses.paired_shapley_loss,
-        {"attributions": ATTRIBUTIONS, "coalitions": PRESENT, "gains": draw(B, M, 2, K)},
-        {"attributions": "float", "coalitions": "bool", "gains": "float"},
+        {"attributions": ATTRIBUTIONS, "coalitions": PRESENT, "gains": draw(B, M, 2, K), "weights": draw(B, M).abs()},
+        {"attributions": "float", "coalitions": "bool", "gains": "float", "weights": "float"},
     ),
     "paired_residual_loss": Call(
         losses.paired_residual_loss,
-        {"residuals": draw(B, M, 2, K), "num_players": N},
-        {"residuals": "float any width", "num_players": "count"},
+        {"residuals": draw(B, M, 2, K), "num_players": N, "weights": draw(B, M).abs()},
+        {"residuals": "float any width", "num_players": "count", "weights": "float any width"},
     ),
     "coalition_loss": Call(
         losses.coalition_loss,

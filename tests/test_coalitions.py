@@ -9,6 +9,7 @@ from hf_shapley import (
     coalitions_to_ids,
     enumerate_coalitions,
     ids_to_coalitions,
+    importance_weights,
     ranked_coalitions,
     sample_coalitions,
     shapley_kernel_size_probabilities,
@@ -26,6 +27,23 @@ def test_sampled_sizes_follow_the_shapley_kernel(num_players):
     assert observed[0] == 0 and observed[num_players] == 0
     assert (observed[1:num_players] - law).abs().max() < 5e-3
     torch.testing.assert_close(shapley_kernel_size_probabilities(num_players), law)
+
+
+@pytest.mark.parametrize("num_players", [2, 3, 16, 196])
+def test_spread_sizes_follow_the_geometric_mean_and_weights_make_up_for_it(num_players):
+    draws = sample_coalitions(
+        200_000, num_players=num_players, sizes="spread", generator=torch.Generator().manual_seed(0)
+    )
+    observed = torch.bincount(draws.sum(-1), minlength=num_players + 1)[1:num_players] / len(draws)
+    sizes = torch.arange(1, num_players).double()
+    law = (sizes * (num_players - sizes)) ** -0.5
+    law /= law.sum()
+    assert (observed - law).abs().max() < 5e-3
+    kernel = shapley_kernel_size_probabilities(num_players)
+    one_each = torch.arange(num_players) < sizes.unsqueeze(-1)  # a coalition of each size
+    torch.testing.assert_close(law * importance_weights(one_each, "spread"), kernel)
+    assert torch.equal(importance_weights(~one_each, "spread"), importance_weights(one_each, "spread"))
+    assert importance_weights(one_each).unique().tolist() == [1.0]
 
 
 def test_members_are_uniform_inside_a_size():

@@ -18,6 +18,7 @@ from hf_shapley import (
     ShapleyTrainingArguments,
     coalitions_to_ids,
     fine_tuning_recipe,
+    importance_weights,
     sample_coalitions,
 )
 
@@ -53,15 +54,21 @@ def logged(trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def test_the_terms_are_the_formula_image_by_image(backbone, tmp_path):
-    """L = CE + coalition_weight * mean CE(v, p) + shapley_weight * N * mean (v - base - sum phi)^2, slowly."""
-    model = make_model(backbone, attribution_head="votes+influence")
-    trainer = make_trainer(tmp_path, model, coalition_weight=0.5, shapley_weight=2.0)
+@pytest.mark.parametrize("sizes", ["kernel", "spread"])
+def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
+    """L = CE + coalition_weight * mean CE(v, p) + shapley_weight * N * mean w (v - base - sum phi)^2, slowly."""
+    model = make_model(backbone, attribution_head="votes+influence").train()
+    options = {"coalition_weight": 0.5, "shapley_weight": 2.0, "num_pairs": 2, "coalition_sizes": sizes}
+    trainer = make_trainer(tmp_path, model, per_device_train_batch_size=4, **options)
+    trainer.current_gradient_accumulation_steps = 1
     batch = batch_of(images(4))
-    coalitions = sample_coalitions(4, 2, num_players=24, generator=torch.Generator().manual_seed(0))
+    loss = trainer.compute_loss(model, batch)
+    coalitions = trainer._draw_coalitions(model, batch, 0)  # the same again
     sums = model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
-    terms = trainer.loss_terms(sums, 24, batch["labels"])
+    terms = trainer.loss_terms(sums, 24, batch["labels"], importance=importance_weights(coalitions, sizes))
     output = model(**batch)
+    by_size = [1 / (size * (24 - size)) for size in range(1, 24)]
+    of_root = sum(by_size) ** -1 * sum(chance**0.5 for chance in by_size)
 
     pairs = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2)  # (4, 4, 24)
     values = model.coalition_values(batch["pixel_values"], pairs)
@@ -71,11 +78,13 @@ def test_the_terms_are_the_formula_image_by_image(backbone, tmp_path):
         for members, value in zip(pairs[image], values[image], strict=True):
             coalition.append(-(p * value.log_softmax(-1)).sum())
             gap = value - model.classifier.bias - output.attributions[image][members].sum(0)
-            shapley.append(24 * gap.square().mean())
+            chance = by_size[int(members.sum()) - 1]
+            shapley.append((1.0 if sizes == "kernel" else of_root * chance**0.5) * 24 * gap.square().mean())
     torch.testing.assert_close(terms["classification"], F.cross_entropy(output.logits, batch["labels"]))
     torch.testing.assert_close(terms["coalition"], torch.stack(coalition).mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(terms["shapley"], torch.stack(shapley).mean(), atol=1e-5, rtol=1e-4)
     assert all(term > 0 for term in terms.values())
+    torch.testing.assert_close(loss, terms["classification"] + 0.5 * terms["coalition"] + 2.0 * terms["shapley"])
 
 
 @pytest.mark.parametrize("readout", ["patches", "pooled"])

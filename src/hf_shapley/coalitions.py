@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .checks import check_count, check_data, check_device, check_finite, check_generator, describe
 
+COALITION_SIZES = ("kernel", "spread")
+
 
 def check_coalitions(coalitions: Tensor, num_players: int | None = None, name: str = "coalitions") -> None:
     """Raise unless `coalitions` is a bool tensor (..., num_players); None = any number of players."""
@@ -48,9 +50,34 @@ def shapley_kernel_size_probabilities(num_players: int, device: torch.device | s
     return weights / weights.sum()
 
 
+def _size_probabilities(num_players: int, sizes: str, device: torch.device | str | None) -> Tensor:
+    """P(|S| = k), k = 1 ... N - 1, float64."""
+    if sizes not in COALITION_SIZES:
+        raise ValueError(f"`sizes` must be one of {COALITION_SIZES}, got {sizes!r}.")
+    kernel = shapley_kernel_size_probabilities(num_players, device)
+    return kernel if sizes == "kernel" else kernel.sqrt() / kernel.sqrt().sum()
+
+
+def importance_weights(coalitions: Tensor, sizes: str = "kernel") -> Tensor:
+    """What makes a mean over coalitions drawn with `sizes` one over the Shapley kernel: the ratio of both laws.
+
+    Args:
+        coalitions: bool (..., N), neither empty nor full.
+        sizes: as `sample_coalitions` was given.
+
+    Returns:
+        Float32 (...); a coalition and its complement weigh the same. All 1 with "kernel".
+    """
+    check_coalitions(coalitions)
+    num_players, device = coalitions.shape[-1], coalitions.device
+    ratios = _size_probabilities(num_players, "kernel", device) / _size_probabilities(num_players, sizes, device)
+    return ratios.float()[coalitions.sum(-1).clamp(1, num_players - 1) - 1]
+
+
 def sample_coalitions(
     *shape: int,
     num_players: int,
+    sizes: str = "kernel",
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -62,6 +89,9 @@ def sample_coalitions(
     Args:
         *shape: leading dimensions of the result, such as (batch, structures).
         num_players: N, at least 2.
+        sizes: "kernel", or "spread": P(|S| = k) proportional to 1 / sqrt(k (N - k)), the geometric mean of the
+            kernel's law and the uniform one (Chen et al., arXiv:2506.05216, section 2.2). With `importance_weights` the
+            same means of less variance, because the kernel draws small and large coalitions more often than they tell.
         generator: source of randomness, on `device`; None uses torch's global one.
         device: where to draw; defaults to the generator's device.
 
@@ -73,12 +103,12 @@ def sample_coalitions(
     check_generator(generator)
     if device is None:
         device = generator.device if generator is not None else "cpu"
-    cumulative = shapley_kernel_size_probabilities(num_players, device=device).cumsum(0)
+    cumulative = _size_probabilities(num_players, sizes, device).cumsum(0)
     uniform = torch.rand(*shape, dtype=torch.float64, generator=generator, device=device)
     # Rounding may leave the last cumulative probability a hair under 1: the clamp keeps the size below N.
-    sizes = torch.bucketize(uniform, cumulative, right=True).clamp(max=num_players - 2) + 1  # (*shape)
+    drawn = torch.bucketize(uniform, cumulative, right=True).clamp(max=num_players - 2) + 1  # (*shape)
     keys = torch.rand(*shape, num_players, generator=generator, device=device)
-    return keys.argsort(dim=-1).argsort(dim=-1) < sizes.unsqueeze(-1)
+    return keys.argsort(dim=-1).argsort(dim=-1) < drawn.unsqueeze(-1)
 
 
 def enumerate_coalitions(num_players: int, *, device: torch.device | str | None = None) -> Tensor:

@@ -35,7 +35,13 @@ def shapley_loss(attributions: Tensor, coalitions: Tensor, gains: Tensor) -> Ten
 
 
 def paired_shapley_loss(
-    attributions: Tensor, coalitions: Tensor, gains: Tensor, *, odd_weight: float = 1.0, even_weight: float = 1.0
+    attributions: Tensor,
+    coalitions: Tensor,
+    gains: Tensor,
+    *,
+    odd_weight: float = 1.0,
+    even_weight: float = 1.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """`shapley_loss` over coalitions and their complements, its odd and even part weighted apart.
 
@@ -49,6 +55,7 @@ def paired_shapley_loss(
         gains: v - v(empty) of S and of its complement, (B, R, 2, K).
         odd_weight: weight of the odd part.
         even_weight: weight of the even part.
+        weights: of each pair, (B, R): `importance_weights` where they were not drawn from the Shapley kernel.
 
     Returns:
         Scalar.
@@ -60,16 +67,25 @@ def paired_shapley_loss(
         [sum_over_coalitions(coalitions, attributions), sum_over_coalitions(~coalitions, attributions)], dim=2
     )
     return paired_residual_loss(
-        gains - additive, attributions.shape[-2], odd_weight=odd_weight, even_weight=even_weight
+        gains - additive, attributions.shape[-2], odd_weight=odd_weight, even_weight=even_weight, weights=weights
     )
 
 
 def paired_residual_loss(
-    residuals: Tensor, num_players: int, *, odd_weight: float = 1.0, even_weight: float = 1.0
+    residuals: Tensor,
+    num_players: int,
+    *,
+    odd_weight: float = 1.0,
+    even_weight: float = 1.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """`paired_shapley_loss` from the residuals r of each coalition and its complement, (B, R, 2, K)."""
     check_floats(residuals, "residuals", ("images", "pairs", 2, "labels"))
     check_count(num_players, "num_players", 2)
+    if weights is not None:
+        check_floats(weights, "weights", residuals.shape[:2])
+        check_device(weights, "weights", residuals.device)
+        residuals = residuals * weights.sqrt()[:, :, None, None]
     of_coalition, of_complement = residuals.unbind(dim=2)  # (B, R, K) each
     odd = (of_coalition - of_complement).square().mean() / 4
     even = (of_coalition + of_complement).square().mean() / 4

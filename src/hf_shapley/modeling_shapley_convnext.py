@@ -53,7 +53,10 @@ class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
         # Channels last, as in the stock layer: there the convolution's weight gradient is up to 3 times cheaper.
         hidden = (features.permute(0, 2, 3, 1) * masks).flatten(0, 1)  # (G B, H, W, C)
         hidden = learning_less(self.dwconv, share)(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        hidden = (hidden.unflatten(0, masks.shape[:2]) * masks).sum(dim=0)  # (B, H, W, C)
+        first, *others = hidden.chunk(masks.shape[0])  # of each coalition, (B, H, W, C)
+        hidden = first * masks[0]
+        for own, mask in zip(others, masks[1:], strict=True):
+            hidden = torch.addcmul(hidden, own, mask)  # exact: at each cell one coalition alone is not 0
         hidden = learning_less(self.layernorm, share)(hidden)
         hidden = learning_less(self.pwconv2, share)(self.act(learning_less(self.pwconv1, share)(hidden)))
         if self.layer_scale_parameter is not None:

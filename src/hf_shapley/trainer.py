@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from .attribution_head import ShapleyImageClassifierOutput, is_own_part, scale_gradient
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
 from .checks import check_count, check_number
-from .coalitions import coalitions_to_ids, sample_coalitions
+from .coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
 from .hub import keep_card_of_hub
 from .losses import coalition_label_loss, coalition_loss, coalition_regression_loss, paired_residual_loss
 from .model_card import write_model_card
@@ -51,6 +51,12 @@ class ShapleyTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Weight of the even part of a pair's error, which measures interactions."}
     )
     num_pairs: int = field(default=1, metadata={"help": "Pairs (coalition and complement) per image and step."})
+    coalition_sizes: str = field(
+        default="kernel",
+        metadata={
+            "help": "How large coalitions are: as the Shapley 'kernel' draws them, or 'spread' more evenly and weighted."
+        },
+    )
     shapley_fraction: float = field(
         default=1.0, metadata={"help": "Fraction of each batch that takes the Shapley branch, above 0."}
     )
@@ -87,8 +93,9 @@ class ShapleyTrainingArguments(TrainingArguments):
             )
         for name in ("num_pairs", "shapley_every"):
             check_count(getattr(self, name), name)
-        if self.coalition_target not in COALITION_TARGETS:
-            raise ValueError(f"`coalition_target` must be one of {COALITION_TARGETS}, got {self.coalition_target!r}.")
+        for name, choices in (("coalition_target", COALITION_TARGETS), ("coalition_sizes", COALITION_SIZES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.ddp_find_unused_parameters is None:
             # One forward per step uses every parameter: looking for unused ones would only cost time.
             self.ddp_find_unused_parameters = False
@@ -158,7 +165,8 @@ class ShapleyTrainer(Trainer):
             learning = _share(self.args.value_gradient_fraction, len(coalitions))
             structures = {"coalition_ids": coalitions_to_ids(coalitions), "num_coalitions": 2}
             outputs = model(**inputs, **structures, sums_only=True, num_with_gradient=learning)
-            terms = self.loss_terms(outputs, coalitions.shape[-1], inputs["labels"], learning)
+            importance = importance_weights(coalitions, self.args.coalition_sizes)
+            terms = self.loss_terms(outputs, coalitions.shape[-1], inputs["labels"], learning, importance)
             weights = {"classification": 1.0, "coalition": self.args.coalition_weight, "shapley": self.shapley_weight}
             loss = sum(weights[name] * term for name, term in terms.items())
         for name, term in terms.items():
@@ -172,9 +180,11 @@ class ShapleyTrainer(Trainer):
         num_players: int,
         labels: Tensor,
         num_with_gradient: int | None = None,
+        importance: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The joint loss's unweighted terms, from the sums over pairs of coalitions (B', R, 2, K) of a forward.
 
+        In the Shapley regression each pair counts by its `importance_weights` (B', R); masked predictions count alike.
         Of the B' images only the first `num_with_gradient` learn through v(S): masked predictions and the even part,
         which does not depend on how attributions are split, are theirs alone; in the odd part their gradient through
         v(S) stands for everyone's.
@@ -198,9 +208,14 @@ class ShapleyTrainer(Trainer):
 
         through_values = self.args.value_gradient
         everyone = residuals(len(gains), through_values * len(gains) / learning)
-        odd = paired_residual_loss(everyone, num_players, odd_weight=self.args.odd_weight, even_weight=0.0)
+        odd = paired_residual_loss(
+            everyone, num_players, odd_weight=self.args.odd_weight, even_weight=0.0, weights=importance
+        )
         learners = residuals(learning, through_values)
-        even = paired_residual_loss(learners, num_players, odd_weight=0.0, even_weight=self.args.even_weight)
+        importance = None if importance is None else importance[:learning]
+        even = paired_residual_loss(
+            learners, num_players, odd_weight=0.0, even_weight=self.args.even_weight, weights=importance
+        )
         return {
             "classification": self._classification_loss(outputs, labels),
             "coalition": coalition,
@@ -388,6 +403,7 @@ class ShapleyTrainer(Trainer):
             rows * self.args.world_size * self.current_gradient_accumulation_steps,
             self.args.num_pairs,
             num_players=height * width,
+            sizes=self.args.coalition_sizes,
             generator=generator,
         )
         return draw[place * rows : place * rows + _share(self.args.shapley_fraction, len(pixel_values))]
