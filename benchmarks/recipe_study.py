@@ -159,6 +159,7 @@ RECIPES = {
             "": {},
             ", values 0": dict(value_gradient=0.0),
             ", values 0.1": dict(value_gradient=0.1),
+            ", spread sizes": dict(coalition_sizes="spread"),
         }.items()
     },
     "plain, then frozen with adapters, four pairs, then the head alone": Recipe(
@@ -190,11 +191,15 @@ RECIPES = {
             "": {},
             ", an eighth learns through v(S)": dict(value_gradient_fraction=0.125),
             ", whole gradient": dict(value_gradient_fraction=1.0),
+            ", spread sizes": dict(coalition_sizes="spread"),
         }.items()
     },
-    "with adapters, convolutions": Recipe(  # what it recommends for a ConvNeXt
-        ADAPTERS, _pooled(influence_layers=5) | dict(influence_block="convolution") | APART
-    ),
+    **{
+        f"with adapters, convolutions{change}": Recipe(  # what it recommends for a ConvNeXt
+            ADAPTERS | training, _pooled(influence_layers=5) | dict(influence_block="convolution") | APART
+        )
+        for change, training in {"": {}, ", spread sizes": dict(coalition_sizes="spread")}.items()
+    },
     "with adapters, four pairs, then the head alone": Recipe(
         ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
         _pooled(influence_own_layers=1) | APART,

@@ -146,13 +146,13 @@ CALLS = {
     ),
     "coalition_loss": Call(
         losses.coalition_loss,
-        {"values": draw(B, M, K), "logits": draw(B, K)},
-        {"values": "float", "logits": "float"},
+        {"values": draw(B, M, K), "logits": draw(B, K), "weights": draw(B, M).abs()},
+        {"values": "float", "logits": "float", "weights": "float"},
     ),
     "coalition_label_loss": Call(
         losses.coalition_label_loss,
-        {"values": draw(B, M, K), "labels": torch.tensor([0, 2])},
-        {"values": "float any width", "labels": "labels"},
+        {"values": draw(B, M, K), "labels": torch.tensor([0, 2]), "weights": draw(B, M).abs()},
+        {"values": "float any width", "labels": "labels", "weights": "float"},
     ),
     "exact_shapley": Call(
         estimators.exact_shapley,

@@ -1,9 +1,13 @@
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 
 from hf_shapley import coalition_label_loss, coalition_loss, paired_shapley_loss, shapley_loss
 from hf_shapley.attribution_head import scale_gradient
 from hf_shapley.coalitions import enumerate_coalitions, sample_coalitions, shapley_kernel_size_probabilities
+from hf_shapley.losses import coalition_regression_loss
 
 PLAYERS, LABELS = 6, 3
 
@@ -120,3 +124,30 @@ def test_scaled_gradients_leave_values_alone(scale):
     assert torch.equal(y, x)
     gradient = torch.autograd.grad((2 * y).sum() + 0 * x.sum(), x)[0]
     torch.testing.assert_close(gradient, torch.full((2,), 2 * scale))
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (coalition_loss, torch.tensor([[0.3, -1.0, 2.0], [0.0, 1.0, 0.5]])),
+        (partial(coalition_loss, multi_label=True), torch.tensor([[0.3, -1.0, 2.0], [0.0, 1.0, 0.5]])),
+        (coalition_label_loss, torch.tensor([2, 0])),
+        (partial(coalition_label_loss, multi_label=True), torch.tensor([[1, 0, 1], [0, 0, 1]])),
+        (coalition_regression_loss, torch.tensor([[0.3, -1.0, 2.0], [0.0, 1.0, 0.5]])),
+    ],
+)
+def test_masked_predictions_count_by_their_coalitions_weight(loss, targets):
+    generator = torch.Generator().manual_seed(0)
+    values, weights = torch.randn(2, 3, 2, 3, generator=generator), torch.rand(2, 3, 2, generator=generator)
+    expected = sum(
+        weights[i, r, g] * loss(values[i : i + 1, r : r + 1, g : g + 1], targets[i : i + 1]) / weights.numel()
+        for i, r, g in product(range(2), range(3), range(2))
+    )
+    torch.testing.assert_close(loss(values, targets, weights=weights), expected)
+    torch.testing.assert_close(loss(values, targets, weights=torch.ones(2, 3, 2)), loss(values, targets))
+
+
+def test_images_of_unknown_label_have_no_loss():
+    values, weights = torch.randn(3, 2, LABELS), torch.rand(3, 2)
+    known = coalition_label_loss(values[:2], torch.tensor([1, 0]), weights=weights[:2])
+    torch.testing.assert_close(coalition_label_loss(values, torch.tensor([1, 0, -100]), weights=weights), known)

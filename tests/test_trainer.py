@@ -56,7 +56,7 @@ def logged(trainer, name: str) -> list[float]:
 
 @pytest.mark.parametrize("sizes", ["kernel", "spread"])
 def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
-    """L = CE + coalition_weight * mean CE(v, p) + shapley_weight * N * mean w (v - base - sum phi)^2, slowly."""
+    """L = CE + coalition_weight * mean w CE(v, p) + shapley_weight * N * mean w (v - base - sum phi)^2, slowly."""
     model = make_model(backbone, attribution_head="votes+influence").train()
     options = {"coalition_weight": 0.5, "shapley_weight": 2.0, "num_pairs": 2, "coalition_sizes": sizes}
     trainer = make_trainer(tmp_path, model, per_device_train_batch_size=4, **options)
@@ -76,10 +76,10 @@ def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
     for image in range(4):
         p = output.logits[image].softmax(-1)
         for members, value in zip(pairs[image], values[image], strict=True):
-            coalition.append(-(p * value.log_softmax(-1)).sum())
+            weight = 1.0 if sizes == "kernel" else of_root * by_size[int(members.sum()) - 1] ** 0.5
+            coalition.append(weight * -(p * value.log_softmax(-1)).sum())
             gap = value - model.classifier.bias - output.attributions[image][members].sum(0)
-            chance = by_size[int(members.sum()) - 1]
-            shapley.append((1.0 if sizes == "kernel" else of_root * chance**0.5) * 24 * gap.square().mean())
+            shapley.append(weight * 24 * gap.square().mean())
     torch.testing.assert_close(terms["classification"], F.cross_entropy(output.logits, batch["labels"]))
     torch.testing.assert_close(terms["coalition"], torch.stack(coalition).mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(terms["shapley"], torch.stack(shapley).mean(), atol=1e-5, rtol=1e-4)

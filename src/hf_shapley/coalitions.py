@@ -90,8 +90,8 @@ def sample_coalitions(
         *shape: leading dimensions of the result, such as (batch, structures).
         num_players: N, at least 2.
         sizes: "kernel", or "spread": P(|S| = k) proportional to 1 / sqrt(k (N - k)), the geometric mean of the
-            kernel's law and the uniform one (Chen et al., arXiv:2506.05216, section 2.2). With `importance_weights` the
-            same means of less variance, because the kernel draws small and large coalitions more often than they tell.
+            kernel's law and the uniform one (Chen et al., arXiv:2506.05216, section 2.2). `importance_weights` make
+            up for it, and an estimate has less variance: the kernel draws extreme sizes more often than they tell.
         generator: source of randomness, on `device`; None uses torch's global one.
         device: where to draw; defaults to the generator's device.
 

@@ -85,70 +85,86 @@ def paired_residual_loss(
     if weights is not None:
         check_floats(weights, "weights", residuals.shape[:2])
         check_device(weights, "weights", residuals.device)
-        residuals = residuals * weights.sqrt()[:, :, None, None]
     of_coalition, of_complement = residuals.unbind(dim=2)  # (B, R, K) each
-    odd = (of_coalition - of_complement).square().mean() / 4
-    even = (of_coalition + of_complement).square().mean() / 4
+    odd = _weighted((of_coalition - of_complement).square().mean(-1), weights).mean() / 4
+    even = _weighted((of_coalition + of_complement).square().mean(-1), weights).mean() / 4
     return num_players * (odd_weight * odd + even_weight * even)
 
 
-def coalition_loss(values: Tensor, logits: Tensor, *, multi_label: bool = False) -> Tensor:
+def coalition_loss(
+    values: Tensor, logits: Tensor, *, multi_label: bool = False, weights: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the coalitions' values with the full image's prediction, which is not pulled towards them.
 
     Args:
         values: v(S), (B, ..., K), in logits.
         logits: v(all), (B, K); no gradient flows to it.
         multi_label: independent labels (sigmoid) instead of exclusive ones (softmax).
+        weights: of each coalition, (B, ...): `importance_weights` where they were not drawn from the Shapley kernel.
 
     Returns:
         Scalar, mean over images and coalitions.
     """
-    _check_values(values)
+    _check_values(values, weights)
     check_floats(logits, "logits", (len(values), values.shape[-1]))
     check_device(logits, "logits", values.device)
     logits = logits.detach().reshape(len(logits), *[1] * (values.ndim - 2), -1).expand_as(values)
     if multi_label:
-        return F.binary_cross_entropy_with_logits(values, logits.sigmoid())
-    return -(logits.softmax(-1) * values.log_softmax(-1)).sum(-1).mean()
+        losses = F.binary_cross_entropy_with_logits(values, logits.sigmoid(), reduction="none").mean(-1)
+    else:
+        losses = -(logits.softmax(-1) * values.log_softmax(-1)).sum(-1)
+    return _weighted(losses, weights).mean()
 
 
-def coalition_regression_loss(values: Tensor, targets: Tensor) -> Tensor:
+def coalition_regression_loss(values: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Mean squared error of the coalitions' values with the full image's prediction or the true targets.
 
     Args:
         values: v(S), (B, ..., K).
         targets: (B, K), or (B) where K = 1; no gradient flows to it.
+        weights: of each coalition, as in `coalition_loss`.
 
     Returns:
         Scalar, mean over images, coalitions and targets.
     """
-    _check_values(values)
+    _check_values(values, weights)
     targets = targets.detach().reshape(len(targets), *[1] * (values.ndim - 2), -1)
-    return F.mse_loss(values, targets.to(values.dtype).expand_as(values))
+    return _weighted((values - targets.to(values.dtype)).square().mean(-1), weights).mean()
 
 
-def coalition_label_loss(values: Tensor, labels: Tensor, *, multi_label: bool = False) -> Tensor:
+def coalition_label_loss(
+    values: Tensor, labels: Tensor, *, multi_label: bool = False, weights: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the coalitions' values with the true labels.
 
     Args:
         values: v(S), (B, ..., K), in logits.
         labels: (B) long, or (B, K) float with `multi_label`.
         multi_label: independent labels (sigmoid) instead of exclusive ones (softmax).
+        weights: of each coalition, as in `coalition_loss`.
 
     Returns:
         Scalar, mean over images and coalitions.
     """
-    _check_values(values)
+    _check_values(values, weights)
     check_device(labels, "labels", values.device)
     flat = values.flatten(1, -2)  # (B, coalitions, K)
+    weights = None if weights is None else weights.flatten(1)
     if multi_label:
         labels = labels.to(flat.dtype) if isinstance(labels, Tensor) else labels
         check_floats(labels, "labels", (len(values), values.shape[-1]))
-        return F.binary_cross_entropy_with_logits(flat, labels.unsqueeze(1).expand_as(flat))
+        targets = labels.unsqueeze(1).expand_as(flat)
+        return _weighted(F.binary_cross_entropy_with_logits(flat, targets, reduction="none").mean(-1), weights).mean()
     # Elsewhere than on the CPU the check would make the host wait in every training step.
     if not isinstance(labels, Tensor) or labels.device.type == "cpu":
         labels = check_label_ids(labels, "labels", len(flat), flat.shape[-1], may_be_unknown=True)
-    return F.cross_entropy(flat.transpose(1, 2), labels.unsqueeze(1).expand(flat.shape[:2]))
+    targets = labels.unsqueeze(1).expand(flat.shape[:2])
+    losses = _weighted(F.cross_entropy(flat.transpose(1, 2), targets, reduction="none"), weights)
+    return losses.sum() / (targets >= 0).sum()  # unknown labels have no loss
+
+
+def _weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses if weights is None else losses * weights
 
 
 def _check_pairs(attributions: Tensor, coalitions: Tensor) -> None:
@@ -162,6 +178,9 @@ def _check_pairs(attributions: Tensor, coalitions: Tensor) -> None:
         )
 
 
-def _check_values(values: Tensor) -> None:
+def _check_values(values: Tensor, weights: Tensor | None) -> None:
     extra = max(1, getattr(values, "ndim", 0) - 2)
     check_floats(values, "values", ("images", *["coalitions"] * extra, "labels"))
+    if weights is not None:
+        check_floats(weights, "weights", values.shape[:-1])
+        check_device(weights, "weights", values.device)

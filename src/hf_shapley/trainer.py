@@ -53,9 +53,7 @@ class ShapleyTrainingArguments(TrainingArguments):
     num_pairs: int = field(default=1, metadata={"help": "Pairs (coalition and complement) per image and step."})
     coalition_sizes: str = field(
         default="kernel",
-        metadata={
-            "help": "How large coalitions are: as the Shapley 'kernel' draws them, or 'spread' more evenly and weighted."
-        },
+        metadata={"help": "Sizes of coalitions: drawn by the Shapley 'kernel', or 'spread' more evenly and weighted."},
     )
     shapley_fraction: float = field(
         default=1.0, metadata={"help": "Fraction of each batch that takes the Shapley branch, above 0."}
@@ -184,43 +182,40 @@ class ShapleyTrainer(Trainer):
     ) -> dict[str, Tensor]:
         """The joint loss's unweighted terms, from the sums over pairs of coalitions (B', R, 2, K) of a forward.
 
-        In the Shapley regression each pair counts by its `importance_weights` (B', R); masked predictions count alike.
-        Of the B' images only the first `num_with_gradient` learn through v(S): masked predictions and the even part,
-        which does not depend on how attributions are split, are theirs alone; in the odd part their gradient through
-        v(S) stands for everyone's.
+        Each pair counts by its `importance` (B', R), by default all alike. Of the B' images only the first
+        `num_with_gradient` learn through v(S): masked predictions and the even part, which does not depend on how
+        attributions are split, are theirs alone; in the odd part their gradient through v(S) stands for everyone's.
         """
         gains = outputs.coalition_gains
         learning = len(gains) if num_with_gradient is None else num_with_gradient
+        importance = torch.ones_like(gains[:, :, 0, 0]) if importance is None else importance
         base_values = scale_gradient(outputs.base_values, self.model.config.coalition_gradient)
         values = base_values + gains[:learning]
-        problem = self.model.config.problem_type
-        multi_label = problem == "multi_label_classification"
-        if problem == "regression":
-            targets = labels if self.args.coalition_target == "label" else outputs.logits
-            coalition = coalition_regression_loss(values, targets[:learning])
-        elif self.args.coalition_target == "label":
-            coalition = coalition_label_loss(values, labels[:learning], multi_label=multi_label)
-        else:
-            coalition = coalition_loss(values, outputs.logits[:learning], multi_label=multi_label)
 
-        def residuals(images: int, value_gradient: float) -> Tensor:
-            return scale_gradient(gains[:images], value_gradient) - outputs.coalition_attributions[:images]
+        def regression(images: int, value_gradient: float, odd_weight: float, even_weight: float) -> Tensor:
+            residuals = scale_gradient(gains[:images], value_gradient) - outputs.coalition_attributions[:images]
+            parts = {"odd_weight": odd_weight, "even_weight": even_weight}
+            return paired_residual_loss(residuals, num_players, **parts, weights=importance[:images])
 
         through_values = self.args.value_gradient
-        everyone = residuals(len(gains), through_values * len(gains) / learning)
-        odd = paired_residual_loss(
-            everyone, num_players, odd_weight=self.args.odd_weight, even_weight=0.0, weights=importance
-        )
-        learners = residuals(learning, through_values)
-        importance = None if importance is None else importance[:learning]
-        even = paired_residual_loss(
-            learners, num_players, odd_weight=0.0, even_weight=self.args.even_weight, weights=importance
-        )
+        odd = regression(len(gains), through_values * len(gains) / learning, self.args.odd_weight, 0.0)
+        even = regression(learning, through_values, 0.0, self.args.even_weight)
         return {
             "classification": self._classification_loss(outputs, labels),
-            "coalition": coalition,
+            "coalition": self._coalition_term(values, outputs.logits[:learning], labels[:learning], importance),
             "shapley": odd + even,
         }
+
+    def _coalition_term(self, values: Tensor, logits: Tensor, labels: Tensor, importance: Tensor) -> Tensor:
+        """Loss of masked predictions v(S), (B', R, 2, K), of which those of a pair count alike."""
+        weights = importance[: len(values)].unsqueeze(-1).expand(values.shape[:-1])
+        to_label = self.args.coalition_target == "label"
+        if self.model.config.problem_type == "regression":
+            return coalition_regression_loss(values, labels if to_label else logits, weights=weights)
+        multi_label = self.model.config.problem_type == "multi_label_classification"
+        if to_label:
+            return coalition_label_loss(values, labels, multi_label=multi_label, weights=weights)
+        return coalition_loss(values, logits, multi_label=multi_label, weights=weights)
 
     @property
     def shapley_weight(self) -> float:
