@@ -67,6 +67,14 @@ class Case:
         return torch.nn.functional.avg_pool2d(summed, self.step, divisor_override=1).flatten(1)
 
 
+def load_case(model: str, data: str | None, images: int) -> Case:
+    """The model of a folder and the first test images of a data set, or of digits."""
+    processor = AutoImageProcessor.from_pretrained(model)
+    splits = load_dataset(data) if data else digits_dataset()
+    pixels = processor(splits["test"][:images]["image"], return_tensors="pt")["pixel_values"]
+    return Case(AutoModelForImageClassification.from_pretrained(model).eval(), pixels)
+
+
 def ours(case: Case) -> Tensor:
     return case.model.explain(case.pixels, case.labels.unsqueeze(1)).flatten(1)
 
@@ -261,11 +269,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--name", default="faithfulness_digits", help="of the result file")
     options = parser.parse_args()
-    model = AutoModelForImageClassification.from_pretrained(options.model).eval()
-    processor = AutoImageProcessor.from_pretrained(options.model)
-    data = load_dataset(options.data) if options.data else digits_dataset()
-    images = data["test"][: options.images]["image"]
-    case = Case(model, processor(images, return_tensors="pt")["pixel_values"])
+    case = load_case(options.model, options.data, options.images)
     truth, noise = ground_truth(case, options.truth_budget)
     scores, equivalent = compare(case, truth)
     best, gain = best_of_gradients_and_attention(scores)

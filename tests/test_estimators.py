@@ -19,6 +19,8 @@ SAMPLERS = {
     "paired regression": kernel_shapley,
     "unbiased": partial(kernel_shapley, paired=False, unbiased=True),
     "paired unbiased": partial(kernel_shapley, unbiased=True),
+    "spread regression": partial(kernel_shapley, sizes="spread"),
+    "spread unbiased": partial(kernel_shapley, sizes="spread", unbiased=True),
 }
 PAIRED = ["antithetic", "paired regression", "paired unbiased"]
 property_settings = settings(max_examples=25, deadline=None, derandomize=True)
@@ -154,7 +156,7 @@ def test_errors_are_covered_at_the_rate_that_the_standard_error_claims(name):
     assert 0.93 < inside < 0.97
 
 
-@pytest.mark.parametrize("name", ["permutation", "antithetic", "unbiased", "paired unbiased"])
+@pytest.mark.parametrize("name", ["permutation", "antithetic", "unbiased", "paired unbiased", "spread unbiased"])
 def test_unbiased_estimators_average_to_the_exact_values_at_the_smallest_budget(name):
     game = random_game(8, seed=2)
     exact = exact_shapley(game, num_players=8)

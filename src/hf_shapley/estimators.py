@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checks import check_callable, check_count, check_finite, check_floats, check_generator
-from .coalitions import ranked_coalitions, sample_coalitions
+from .coalitions import importance_weights, ranked_coalitions, sample_coalitions
 
 Game = Callable[[Tensor], Tensor]
 
@@ -302,6 +302,7 @@ def kernel_shapley(
     unbiased: bool = False,
     control_variate: Tensor | None = None,
     paired: bool = True,
+    sizes: str = "kernel",
     batch_size: int = 4096,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -333,6 +334,8 @@ def kernel_shapley(
         control_variate: (N, K), any guess of the Shapley values that does not depend on the draws, such as a model's
             attributions. Only with `unbiased=True`: a regression does not change under an additive shift.
         paired: draw a coalition with its complement.
+        sizes: "kernel", or "spread" as in `sample_coalitions`: each draw then counts by its `importance_weights`, and
+            the error is smaller where coalitions of all sizes are about as far from additive.
         batch_size: coalitions per call of the game, at least 2.
         generator: source of randomness; None uses torch's global one.
         device: where coalitions are made; defaults to the generator's device, else CPU.
@@ -354,17 +357,19 @@ def kernel_shapley(
     cost = 2 if paired else 1
     _check_budget(budget, 2 + cost * num_players * (1 if unbiased else 3), num_players)
     draws = (budget - 2) // cost
-    coalitions = sample_coalitions(draws, num_players=num_players, generator=generator, device=device)
+    coalitions = sample_coalitions(draws, num_players=num_players, sizes=sizes, generator=generator, device=device)
     with _CheckedGame(game, batch_size, 2 + cost * draws, progress) as checked:
         empty, full = _endpoints(checked, num_players, device)
         control = _control(control_variate, empty, num_players)
         values = checked(_with_complements(coalitions) if paired else coalitions)
     features = _centred_memberships(coalitions.to(values.device))  # (draws, players)
     targets = _kernel_targets(values.double(), coalitions, empty.double(), full.double(), paired)
+    # Of each draw x and t appear as products only: both take the root of its weight.
+    scale = importance_weights(coalitions, sizes).to(values.device, torch.float64).sqrt().unsqueeze(-1)  # (draws, 1)
     if unbiased:
-        rest, standard_errors = _unbiased_solution(features, targets, control)
+        rest, standard_errors = _unbiased_solution(scale * features, scale * targets, control)
     else:
-        rest, standard_errors = _regression_solution(features, targets)
+        rest, standard_errors = _regression_solution(scale * features, scale * targets)
     even_split = (full - empty).double() / num_players  # (1, labels)
     dtype = _result_dtype(values)
     return ShapleyEstimate((even_split + rest).to(dtype), standard_errors.to(dtype), checked.evaluations)
