@@ -184,7 +184,8 @@ RECIPES = {
         )
     },
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
-    # What `fine_tuning_recipe` recommends for a ViT, and what differs from it in one thing each.
+    # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
+    # one thing each.
     **{
         f"with adapters{change}": Recipe(ADAPTERS | training, _pooled(**OWN_LAYER_ALONE) | APART)
         for change, training in {
@@ -195,7 +196,7 @@ RECIPES = {
         }.items()
     },
     **{
-        f"with adapters, convolutions{change}": Recipe(  # what it recommends for a ConvNeXt
+        f"with adapters, convolutions{change}": Recipe(  # with spread sizes what it recommends for a ConvNeXt
             ADAPTERS | training, _pooled(influence_layers=5) | dict(influence_block="convolution") | APART
         )
         for change, training in {"": {}, ", spread sizes": dict(coalition_sizes="spread")}.items()

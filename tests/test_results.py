@@ -240,21 +240,29 @@ def runs_of(folders: str, recipe: str, backbone: str) -> list[tuple[dict, dict]]
 
 CIFAR10 = (
     ("ViT, from scratch on 5,000 images", "vit_5000_images_from_scratch", "influence-votes_1-values_1"),
-    ("ViT, `fine_tuning_recipe`, 8 epochs", "vit_fine_tuned_8_epochs*", "with_adapters"),
+    ("ViT, `fine_tuning_recipe`, 8 epochs", "vit_fine_tuned_8_epochs*", "with_adapters-spread_sizes"),
     (
-        "ViT, the same with four pairs, then 4 epochs of the head alone",
+        "ViT, with the kernel's sizes, four pairs, then 4 epochs of the head alone",
         "vit_fine_tuned_8_epochs*",
         "with_adapters-four_pairs-then_the_head_alone",
     ),
-    ("ViT, frozen, 8 more epochs", "vit_fine_tuned_8_epochs*", "plain-then_frozen_with_adapters"),
     (
-        "ViT, frozen, four pairs, 12 more epochs",
+        "ViT, frozen, 8 more epochs",
+        "vit_fine_tuned_8_epochs*",
+        "plain-then_frozen_with_adapters-spread_sizes",
+    ),
+    (
+        "ViT, frozen, with the kernel's sizes, four pairs, 12 more epochs",
         "vit_fine_tuned_8_epochs*",
         "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone",
     ),
-    ("ConvNeXt, `fine_tuning_recipe`, 8 epochs", "convnext_fine_tuned_8_epochs", "with_adapters-convolutions"),
     (
-        "ConvNeXt, frozen, four pairs, larger head, 40 more epochs",
+        "ConvNeXt, `fine_tuning_recipe`, 8 epochs",
+        "convnext_fine_tuned_8_epochs",
+        "with_adapters-convolutions-spread_sizes",
+    ),
+    (
+        "ConvNeXt, frozen, with the kernel's sizes, four pairs, larger head, 40 more epochs",
         "convnext_fine_tuned_8_epochs",
         "plain-then_frozen_with_adapters-four_pairs-four_own_layers-then_the_head_alone_for_32_epochs",
     ),
@@ -288,9 +296,9 @@ def test_the_table_on_cifar10_is_that_of_its_result_files():
 @pytest.mark.parametrize(
     ("backbone", "name", "least"),
     [
-        ("vit", "with_adapters", 3),
-        ("convnext", "with_adapters-convolutions", 2),
-        ("vit", "plain-then_frozen_with_adapters", 3),
+        ("vit", "with_adapters-spread_sizes", 3),
+        ("convnext", "with_adapters-convolutions-spread_sizes", 2),
+        ("vit", "plain-then_frozen_with_adapters-spread_sizes", 3),
     ],
 )
 def test_the_recommended_recipe_is_one_that_was_measured(backbone, name, least):

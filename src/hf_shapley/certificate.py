@@ -72,8 +72,8 @@ def attribution_error_certificate(
         attributions: (B, N, K), at least 2 images.
         budget: evaluations per image. The number that any estimate needs is in `kernel_shapley` and
             `permutation_shapley`; where it covers all 2^N coalitions the error per image is exact.
-        estimator: "kernel" is unbiased KernelSHAP with the attributions as control variate: the better they are, the
-            less noise. "permutation" is antithetic permutation sampling, less noisy for games whose value changes
+        estimator: "kernel" is unbiased KernelSHAP with spread sizes and the attributions as control variate: the
+            better they are, the less noise. "permutation" is antithetic permutation sampling, less noisy for games whose value changes
             little with each player.
         confidence: coverage of the interval, in (0, 1).
         batch_size: coalitions per call of a game.
@@ -105,7 +105,7 @@ def attribution_error_certificate(
 
 def _kernel_estimate(game: Game, phi: Tensor, options: dict[str, Any]) -> ShapleyEstimate:
     try:
-        return kernel_shapley(game, unbiased=True, control_variate=phi, **options)
+        return kernel_shapley(game, unbiased=True, control_variate=phi, sizes="spread", **options)
     except ValueError as error:  # it knows the attributions by another name
         raise ValueError(str(error).replace("`control_variate`", "each image's `attributions`")) from error
 

@@ -53,5 +53,6 @@ def fine_tuning_recipe(learning_rate: float = 5e-5, backbone: str = "vit") -> tu
         "even_weight": 0.0,
         "value_gradient": 0.03,
         "value_gradient_fraction": 0.25,
+        "coalition_sizes": "spread",
     }
     return model_options, training_options
