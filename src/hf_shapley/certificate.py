@@ -73,8 +73,8 @@ def attribution_error_certificate(
         budget: evaluations per image. The number that any estimate needs is in `kernel_shapley` and
             `permutation_shapley`; where it covers all 2^N coalitions the error per image is exact.
         estimator: "kernel" is unbiased KernelSHAP with spread sizes and the attributions as control variate: the
-            better they are, the less noise. "permutation" is antithetic permutation sampling, less noisy for games whose value changes
-            little with each player.
+            better they are, the less noise. "permutation" is antithetic permutation sampling, less noisy for games
+            whose value changes little with each player.
         confidence: coverage of the interval, in (0, 1).
         batch_size: coalitions per call of a game.
         generator: source of randomness; None uses torch's global one.
