@@ -242,7 +242,7 @@ CIFAR10 = (
     ("ViT, from scratch on 5,000 images", "vit_5000_images_from_scratch", "influence-votes_1-values_1"),
     ("ViT, `fine_tuning_recipe`, 8 epochs", "vit_fine_tuned_8_epochs*", "with_adapters-spread_sizes"),
     (
-        "ViT, with the kernel's sizes, four pairs, then 4 epochs of the head alone",
+        "ViT, four pairs of the kernel's coalition sizes, then 4 epochs of the head alone",
         "vit_fine_tuned_8_epochs*",
         "with_adapters-four_pairs-then_the_head_alone",
     ),
@@ -252,7 +252,7 @@ CIFAR10 = (
         "plain-then_frozen_with_adapters-spread_sizes",
     ),
     (
-        "ViT, frozen, with the kernel's sizes, four pairs, 12 more epochs",
+        "ViT, frozen, four such pairs, 12 more epochs",
         "vit_fine_tuned_8_epochs*",
         "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone",
     ),
@@ -262,7 +262,7 @@ CIFAR10 = (
         "with_adapters-convolutions-spread_sizes",
     ),
     (
-        "ConvNeXt, frozen, with the kernel's sizes, four pairs, larger head, 40 more epochs",
+        "ConvNeXt, frozen, four such pairs, larger head, 40 more epochs",
         "convnext_fine_tuned_8_epochs",
         "plain-then_frozen_with_adapters-four_pairs-four_own_layers-then_the_head_alone_for_32_epochs",
     ),
@@ -313,6 +313,13 @@ def test_the_recommended_recipe_is_one_that_was_measured(backbone, name, least):
         assert training_options.pop("learning_rate") == found["settings"]["learning_rate"]
         assert training_options == {key: value for key, value in found["training"].items() if key != "shapley_weight"}
         assert found["training"]["shapley_weight"] == ShapleyTrainingArguments.shapley_weight
+
+
+def test_what_spread_sizes_save_is_that_of_the_result_file():
+    models = json.loads((RESULTS / "coalition_sizes.json").read_text())["models"]
+    ratios = [found["ratio"] for model in models.values() for found in model.values()]
+    text = (ROOT / "docs" / "faithfulness.md").read_text()
+    assert f"with {min(ratios):.2f} to {max(ratios):.2f} times fewer evaluations" in text
 
 
 def test_every_result_file_names_the_command_that_made_it():
