@@ -46,6 +46,12 @@ def test_spread_sizes_follow_the_geometric_mean_and_weights_make_up_for_it(num_p
     assert importance_weights(one_each).unique().tolist() == [1.0]
 
 
+@pytest.mark.parametrize("present", [0, 5])
+def test_coalitions_that_are_never_drawn_have_no_weight(present):
+    with pytest.raises(ValueError, match="1 to 4 players present"):
+        importance_weights(torch.arange(5).expand(2, 5) < present, "spread")
+
+
 def test_members_are_uniform_inside_a_size():
     draws = sample_coalitions(300_000, num_players=5, generator=torch.Generator().manual_seed(0))
     codes = (draws * 2 ** torch.arange(5)).sum(-1)

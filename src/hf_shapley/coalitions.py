@@ -67,11 +67,21 @@ def importance_weights(coalitions: Tensor, sizes: str = "kernel") -> Tensor:
 
     Returns:
         Float32 (...); a coalition and its complement weigh the same. All 1 with "kernel".
+
+    Raises:
+        ValueError: for an empty or a full coalition, which is never drawn.
     """
     check_coalitions(coalitions)
     num_players, device = coalitions.shape[-1], coalitions.device
     ratios = _size_probabilities(num_players, "kernel", device) / _size_probabilities(num_players, sizes, device)
-    return ratios.float()[coalitions.sum(-1).clamp(1, num_players - 1) - 1]
+    of_each = coalitions.sum(-1)
+    # Elsewhere than on the CPU the check would make the host wait in every training step.
+    if device.type == "cpu" and not ((of_each > 0) & (of_each < num_players)).all():
+        raise ValueError(
+            f"`coalitions` must have 1 to {num_players - 1} players present, as all that are drawn have; got an empty "
+            "or a full one, which has no weight."
+        )
+    return ratios.float()[of_each - 1]
 
 
 def sample_coalitions(
