@@ -68,14 +68,15 @@ class Recipe:
     After the shared epochs the attribution head may learn on alone for `head_epochs`: everything else is frozen, the
     classifier and its accuracy stay as they are, and a step costs little, because nothing but the head has a gradient.
     With `frozen` the classifier is so from the beginning, and coalition adapters, where there are any, learn with the
-    head until it learns alone. `start` is the plain checkpoint that a recipe starts from:
-    "plain/model" is what the control, run before, ended with.
+    head until it learns alone: at once where there are no `shared_epochs`. `start` is the checkpoint that a recipe
+    starts from: "plain/model" is what the control, run before, ended with.
     """
 
     training: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     head_epochs: float = 0.0
     frozen: bool = False
+    shared_epochs: bool = True
     start: str = "start"
 
 
@@ -183,6 +184,15 @@ RECIPES = {
             ("values 0.1, ", dict(value_gradient=0.1), " for 32 epochs", 32),
         )
     },
+    # The second of the three above goes on.
+    "plain, then frozen with adapters, four own layers, sixteen spread pairs for the last 16 of 48 epochs": Recipe(
+        ADAPTERS | dict(num_pairs=16, coalition_sizes="spread", attribution_learning_rate=2e-3),
+        _pooled(influence_own_layers=4, coalition_adapter_size=64),
+        head_epochs=16,
+        frozen=True,
+        shared_epochs=False,
+        start="plain-then_frozen_with_adapters-four_pairs-four_own_layers-then_the_head_alone_for_32_epochs/model",
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
     # one thing each.
@@ -409,7 +419,11 @@ def run(name: str, options, train_images: Images, test_images: Images, first_ima
     )
     if recipe is not None and recipe.frozen:
         model.freeze_classifier()
-    model, seconds = train(model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate)
+    seconds = 0.0
+    if recipe is None or recipe.shared_epochs:
+        model, seconds = train(
+            model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate
+        )
     if recipe is not None and recipe.head_epochs:
         model.freeze_classifier(adapters=True)
         alone = Recipe(recipe.training | HEAD_ALONE)

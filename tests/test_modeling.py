@@ -283,19 +283,23 @@ def test_maps_hold_the_attributions_of_the_chosen_labels(model, pixel_values):
     torch.testing.assert_close(model.explain(pixel_values, per_image)[:, 0], maps[range(3), [0, 4, 2]])
 
 
-def test_the_best_labels_can_be_attributed_alone(model, pixel_values):
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_best_labels_can_be_attributed_alone(model, pixel_values, count):
     expected = model(pixel_values)
-    found = model(pixel_values, attributed=2)
+    found = model(pixel_values, attributed=count)
     torch.testing.assert_close(found.logits, expected.logits)
-    assert torch.equal(found.attributed_labels, expected.logits.topk(2).indices)
+    assert torch.equal(found.attributed_labels, expected.logits.topk(count).indices)
     chosen = found.attributed_labels.unsqueeze(1).expand(-1, PLAYERS, -1)
     torch.testing.assert_close(found.attributions, expected.attributions.gather(2, chosen))
 
 
 @pytest.mark.parametrize("labels", [0, 6, 1.5, ["cat"], [5], torch.zeros(2, 1, dtype=torch.long)])
 def test_bad_labels_to_attribute_are_refused(model, pixel_values, labels):
+    model.base_model.embeddings.register_forward_pre_hook(lambda *_: pytest.fail("The backbone ran."))
     with pytest.raises((TypeError, ValueError), match="attributed|labels"):
         model(pixel_values, attributed=labels)
+    with pytest.raises(pytest.fail.Exception, match="backbone ran"):
+        model(pixel_values, attributed=1)
 
 
 def test_some_labels_alone_are_attributed_in_the_ordinary_forward_only(model, pixel_values):

@@ -282,7 +282,16 @@ def share_evenly(pooled: Tensor, members: Tensor) -> Tensor:
 
 def linear_of(tokens: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
     """A linear map to every label, (B, N, D), (K, D) -> (B, N, K), or to each image's own (B, L) -> (B, N, L)."""
-    return nn.functional.linear(tokens, weight) if labels is None else tokens @ weight[labels].mT
+    if labels is not None and labels.shape[1] * weight.shape[1] < tokens.shape[1] * weight.shape[0]:
+        return tokens @ weight[labels].mT
+    every = nn.functional.linear(tokens, weight)
+    # Where weights of each image's own, (B, L, D), would take more memory than every label does.
+    return every if labels is None else _of_labels(every, labels)
+
+
+def _of_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """What players have for each image's own labels: (B, N, K), (B, L) -> (B, N, L)."""
+    return values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
 
 
 def sums_of_linear(tokens: Tensor, coalitions: Tensor, weight: Tensor) -> Tensor:
@@ -462,6 +471,7 @@ class ShapleyImageClassifierMixin:
             raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
         members, structured, recorded = None, None, {}
         if coalition_ids is None:
+            attributed = None if attributed is None else self._labels_to_attribute(attributed, len(pixel_values))
             (tokens, voting, empty), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
             _check_ordinary_options({**kwargs, "attributed": attributed})
@@ -516,10 +526,9 @@ class ShapleyImageClassifierMixin:
         return votes.sum(dim=1), fields
 
     def _chosen(
-        self, tokens: Tensor, voters: Tensor, base_values: Tensor, labels: Any, grid: tuple[int, int]
+        self, tokens: Tensor, voters: Tensor, base_values: Tensor, labels: Tensor | int, grid: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gain of the full image (B, K), and attributions of some labels only: of given ones, or of the best."""
-        labels = self._labels_to_attribute(labels, len(voters))
+        """Gain of the full image (B, K), and attributions of some labels only: of (B, L), or of so many best."""
         pooled = self.attribution_head.pooled
         if pooled:
             votes = self._shared_votes(voters)
@@ -530,7 +539,7 @@ class ShapleyImageClassifierMixin:
         if isinstance(labels, int):
             labels = (base_values + gains).topk(labels).indices
         if pooled:
-            votes = votes.gather(2, labels.unsqueeze(1).expand(-1, votes.shape[1], -1))  # (B, N, L)
+            votes = _of_labels(votes, labels)
         else:
             # As precise as their sums are, for these must add up to the logits.
             with torch.autocast(voters.device.type, enabled=False):
