@@ -475,9 +475,8 @@ class ShapleyImageClassifierMixin:
             (tokens, voting, empty), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
             _check_ordinary_options({**kwargs, "attributed": attributed})
-            num_coalitions = _check_coalition_ids(coalition_ids, num_coalitions, len(pixel_values), grid)
+            num_coalitions = _check_coalition_ids(coalition_ids, num_coalitions, pixel_values, grid)
             num_with_gradient = _check_num_with_gradient(num_with_gradient, len(coalition_ids))
-            check_device(coalition_ids, "coalition_ids", pixel_values.device)
             embeddings = self._embed(pixel_values, interpolate_pos_encoding)
             tokens, voting, empty = self._tokens(embeddings, len(coalition_ids) if sums_only else None)
             members = ids_to_coalitions(coalition_ids, num_coalitions)  # (B', R, G, N)
@@ -763,9 +762,9 @@ def check_grid(grid: tuple[int, int], step: tuple[int, int], size: tuple[int, in
         )
 
 
-def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, batch: int, grid: tuple[int, int]) -> int:
+def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, images: Tensor, grid: tuple[int, int]) -> int:
     """Refuse ids that are no coalition structure of the images; return the number of coalitions in each."""
-    num_players = grid[0] * grid[1]
+    batch, num_players = len(images), grid[0] * grid[1]
     if not isinstance(ids, Tensor) or ids.dtype != torch.long:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"`coalition_ids` must be a long tensor, got {got}: see `coalitions_to_ids`.")
@@ -774,6 +773,7 @@ def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, batch: int, gr
             f"`coalition_ids` must be of shape (batch <= {batch}, structures, players = {num_players}), "
             f"got {tuple(ids.shape)}."
         )
+    check_device(ids, "coalition_ids", images.device)
     if num_coalitions is not None:
         if not torch.compiler.is_compiling():
             check_count(num_coalitions, "num_coalitions")
