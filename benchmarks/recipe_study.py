@@ -184,15 +184,21 @@ RECIPES = {
             ("values 0.1, ", dict(value_gradient=0.1), " for 32 epochs", 32),
         )
     },
-    # The second of the three above goes on.
-    "plain, then frozen with adapters, four own layers, sixteen spread pairs for the last 16 of 48 epochs": Recipe(
-        ADAPTERS | dict(num_pairs=16, coalition_sizes="spread", attribution_learning_rate=2e-3),
-        _pooled(influence_own_layers=4, coalition_adapter_size=64),
-        head_epochs=16,
-        frozen=True,
-        shared_epochs=False,
-        start="plain-then_frozen_with_adapters-four_pairs-four_own_layers-then_the_head_alone_for_32_epochs/model",
-    ),
+    # The second of the three above goes on, and then the first of these two.
+    **{
+        f"plain, then frozen with adapters, four own layers, sixteen spread pairs for the last {name} epochs": Recipe(
+            ADAPTERS | dict(num_pairs=16, coalition_sizes="spread", attribution_learning_rate=rate),
+            _pooled(influence_own_layers=4, coalition_adapter_size=64),
+            head_epochs=epochs,
+            frozen=True,
+            shared_epochs=False,
+            start=f"plain-then_frozen_with_adapters-{start}_epochs/model",
+        )
+        for name, epochs, rate, start in (
+            ("16 of 48", 16, 2e-3, "four_pairs-four_own_layers-then_the_head_alone_for_32"),
+            ("20 of 52", 4, 1e-3, "four_own_layers-sixteen_spread_pairs_for_the_last_16_of_48"),
+        )
+    },
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
     # one thing each.
