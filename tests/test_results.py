@@ -262,9 +262,9 @@ CIFAR10 = (
         "with_adapters-convolutions-spread_sizes",
     ),
     (
-        "ConvNeXt, frozen, four such pairs, larger head, 40 more epochs",
+        "ConvNeXt, frozen, four such pairs, then sixteen of spread sizes, larger head, 60 more epochs",
         "convnext_fine_tuned_8_epochs",
-        "plain-then_frozen_with_adapters-four_pairs-four_own_layers-then_the_head_alone_for_32_epochs",
+        "plain-then_frozen_with_adapters-four_own_layers-sixteen_spread_pairs_for_the_last_20_of_52_epochs",
     ),
 )
 
