@@ -282,11 +282,12 @@ def share_evenly(pooled: Tensor, members: Tensor) -> Tensor:
 
 def linear_of(tokens: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
     """A linear map to every label, (B, N, D), (K, D) -> (B, N, K), or to each image's own (B, L) -> (B, N, L)."""
-    if labels is not None and labels.shape[1] * weight.shape[1] < tokens.shape[1] * weight.shape[0]:
-        return tokens @ weight[labels].mT
-    every = nn.functional.linear(tokens, weight)
-    # Where weights of each image's own, (B, L, D), would take more memory than every label does.
-    return every if labels is None else _of_labels(every, labels)
+    if labels is None:
+        return nn.functional.linear(tokens, weight)
+    # Each image's own weights are (B, L, D): where every label's outcome takes no more memory, choose from those.
+    if labels.shape[1] * weight.shape[1] >= tokens.shape[1] * weight.shape[0]:
+        return _of_labels(nn.functional.linear(tokens, weight), labels)
+    return tokens @ weight[labels].mT
 
 
 def _of_labels(values: Tensor, labels: Tensor) -> Tensor:
