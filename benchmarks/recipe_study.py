@@ -199,6 +199,21 @@ RECIPES = {
             ("20 of 52", 4, 1e-3, "four_own_layers-sixteen_spread_pairs_for_the_last_16_of_48"),
         )
     },
+    # The same in fewer epochs: sixteen pairs as soon as the head learns alone.
+    "plain, then frozen with adapters, four own layers, four spread pairs": Recipe(
+        ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125, coalition_sizes="spread"),
+        _pooled(influence_own_layers=4, coalition_adapter_size=64),
+        frozen=True,
+        start="plain/model",
+    ),
+    "plain, then frozen with adapters, four own layers, four spread pairs, then sixteen for 24 epochs": Recipe(
+        ADAPTERS | dict(num_pairs=16, coalition_sizes="spread"),
+        _pooled(influence_own_layers=4, coalition_adapter_size=64),
+        head_epochs=24,
+        frozen=True,
+        shared_epochs=False,
+        start="plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs/model",
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
     # one thing each.

@@ -178,8 +178,9 @@ def test_a_convnext_coalition_equals_zeroing_the_others_before_every_convolution
     torch.testing.assert_close(value, model.classifier.bias + votes.sum(1)[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_depthwise_convolution_learns_as_the_stock_one(dtype):
+def test_the_depthwise_convolution_learns_as_the_stock_one(dtype, autocast):
     model = make_model("convnext").to(dtype)
     ours = model.convnext.encoder.stages[0].layers[0].dwconv
     stock = nn.Conv2d(16, 16, kernel_size=7, padding=3, groups=16, dtype=dtype)
@@ -187,7 +188,8 @@ def test_the_depthwise_convolution_learns_as_the_stock_one(dtype):
     features = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0), dtype=dtype)
     outputs, gradients = [], []
     for layer in (ours, stock):
-        outputs.append(layer(features.requires_grad_()))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs.append(layer(features.requires_grad_()))
         gradients.append(torch.autograd.grad(outputs[-1].sin().sum(), [features, layer.weight, layer.bias]))
     assert torch.equal(*outputs)
     for found, expected in zip(*gradients, strict=True):
