@@ -232,6 +232,22 @@ RECIPES = {
         )
         for change, training in {"": {}, ", spread sizes": dict(coalition_sizes="spread")}.items()
     },
+    # What the recommended recipes end with goes on, the head alone.
+    **{
+        f"{start}, then the head alone, {number} pairs{longer}": Recipe(
+            ADAPTERS | dict(num_pairs=pairs, coalition_sizes="spread"),
+            head_epochs=epochs,
+            frozen=True,
+            shared_epochs=False,
+            start=f"{start.replace(', ', '-').replace(' ', '_')}/model",
+        )
+        for start in ("with adapters, spread sizes", "with adapters, convolutions, spread sizes")
+        for number, pairs, longer, epochs in (
+            ("four", 4, "", 4),  # `refinement_recipe`
+            ("four", 4, ", 8 epochs", 8),
+            ("sixteen", 16, "", 4),
+        )
+    },
     "with adapters, four pairs, then the head alone": Recipe(
         ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
         _pooled(influence_own_layers=1) | APART,

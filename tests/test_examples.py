@@ -19,7 +19,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_shapley import digits_dataset, fine_tuning_recipe, load_explanations, train_digits_model, training_job
+from hf_shapley import (
+    ShapleyViTForImageClassification,
+    digits_dataset,
+    fine_tuning_recipe,
+    load_explanations,
+    refinement_recipe,
+    train_digits_model,
+    training_job,
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL_TRAINING = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1"]
@@ -136,10 +144,11 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
     learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert learning == {"attribution_head", "coalition_adapters"}
     assert all(parameter.requires_grad for parameter in model.attribution_head.parameters())
-    with pytest.raises(ValueError, match=r"freeze_classifier.*checkpoint with `--model`"):
-        training_job.ModelArguments(freeze_classifier=True)
-    with pytest.raises(ValueError, match=r"freeze_classifier.*ignore_mismatched_sizes"):
-        training_job.ModelArguments("plain", freeze_classifier=True, ignore_mismatched_sizes=True)
+    for name in ("freeze_classifier", "freeze_adapters"):
+        with pytest.raises(ValueError, match=rf"{name}.*checkpoint with `--model`"):
+            training_job.ModelArguments(**{name: True})
+        with pytest.raises(ValueError, match=rf"{name}.*ignore_mismatched_sizes"):
+            training_job.ModelArguments("plain", **{name: True}, ignore_mismatched_sizes=True)
 
     assert training_job.parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
     (tmp_path / "all.json").write_text(json.dumps({"model": str(tmp_path / "plain"), "output_dir": str(tmp_path)}))
@@ -154,6 +163,25 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
         fine_tuning_recipe(0)
     with pytest.raises(ValueError, match=r"backbone.*'vit', 'convnext'.*'swin'"):
         fine_tuning_recipe(backbone="swin")
+
+
+def test_the_influence_head_may_learn_on_alone(tmp_path):
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    processor = training_job.load_model(training_job.ModelArguments(), ["a", "b"])[1]
+    plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
+    plain.save_pretrained(tmp_path / "plain")
+    options, _ = fine_tuning_recipe()
+    ShapleyViTForImageClassification.from_pretrained(tmp_path / "plain", **options).save_pretrained(tmp_path / "ours")
+    for start, adapters in (("plain", 0), ("ours", 1)):
+        processor.save_pretrained(tmp_path / start)
+        arguments = ["--model", str(tmp_path / start), "--freeze_adapters", "--output_dir", str(tmp_path)]
+        model_args, _, args = training_job.parse_arguments([*arguments, "--learning_rate", "2e-3"])
+        assert {name: getattr(args, name) for name in refinement_recipe(2e-3)} == refinement_recipe(2e-3)
+        assert args.shapley_warmup == 0
+        model, _ = training_job.load_model(model_args, ["a", "b"])
+        assert (len(model.coalition_adapters), model.config.influence_own_layers) == (adapters, 1)
+        learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert learning == {"attribution_head"}
 
 
 def test_explaining_an_image_prints_what_adds_up_and_draws_it(tmp_path):

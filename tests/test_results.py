@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from hf_shapley import ShapleyTrainingArguments, fine_tuning_recipe
+from hf_shapley import ShapleyTrainingArguments, fine_tuning_recipe, refinement_recipe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,7 +61,9 @@ def cost_rows() -> list[str]:
         ("training_cost_fine_tuning", "fine_tuning_recipe, frozen", "step with it, the classifier frozen"),
         ("training_cost_fine_tuning_memory_kept", "fine_tuning_recipe, frozen", "the same, memory kept"),
         ("training_cost", "joint", "step with every default: a pair per image, all learning through v(S)"),
-        ("training_cost", "joint, quarter learns through v(S)", "the same, a quarter learning through v(S)"),
+        ("training_cost_memory_kept", "joint", "the same, memory kept"),
+        ("training_cost", "joint, quarter learns through v(S)", "every default, but a quarter learning through v(S)"),
+        ("training_cost_memory_kept", "joint, quarter learns through v(S)", "the same, memory kept"),
     ):
         models = models_of(name)
         rows.append((title, *(f"{models[shape][variant]['wall_ratio']:.2f}" for shape in training)))
@@ -83,9 +85,10 @@ def cost_rows() -> list[str]:
 def test_the_table_of_costs_is_that_of_its_result_files():
     rows = cost_rows()
     assert "\n".join(rows) in README
-    falls = [row.split(" | ")[2].removesuffix(" |") for row in rows[:2]]
+    plain, kept, *_, every_default, every_default_kept = (row.split(" | ")[2].removesuffix(" |") for row in rows[:6])
     page = " ".join((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8").split())
-    assert f"falls from {falls[0]} to {falls[1]} plain steps" in page
+    assert f"falls from {plain} to {kept} plain steps and with every default from {every_default} to" in page
+    assert f"to {every_default_kept}, each plain step" in page
 
 
 def test_the_page_on_reliability_says_what_its_result_files_say():
@@ -242,6 +245,11 @@ CIFAR10 = (
     ("ViT, from scratch on 5,000 images", "vit_5000_images_from_scratch", "influence-votes_1-values_1"),
     ("ViT, `fine_tuning_recipe`, 8 epochs", "vit_fine_tuned_8_epochs*", "with_adapters-spread_sizes"),
     (
+        "ViT, 4 epochs of `refinement_recipe` after these",
+        "vit_fine_tuned_8_epochs*",
+        "with_adapters-spread_sizes-then_the_head_alone-four_pairs",
+    ),
+    (
         "ViT, four pairs of the kernel's coalition sizes, then 4 epochs of the head alone",
         "vit_fine_tuned_8_epochs*",
         "with_adapters-four_pairs-then_the_head_alone",
@@ -260,6 +268,11 @@ CIFAR10 = (
         "ConvNeXt, `fine_tuning_recipe`, 8 epochs",
         "convnext_fine_tuned_8_epochs",
         "with_adapters-convolutions-spread_sizes",
+    ),
+    (
+        "ConvNeXt, 4 epochs of `refinement_recipe` after these",
+        "convnext_fine_tuned_8_epochs",
+        "with_adapters-convolutions-spread_sizes-then_the_head_alone-four_pairs",
     ),
     (
         "ConvNeXt, frozen, four such pairs, then sixteen of spread sizes, larger head, 60 more epochs",
@@ -313,6 +326,21 @@ def test_the_recommended_recipe_is_one_that_was_measured(backbone, name, least):
         assert training_options.pop("learning_rate") == found["settings"]["learning_rate"]
         assert training_options == {key: value for key, value in found["training"].items() if key != "shapley_weight"}
         assert found["training"]["shapley_weight"] == ShapleyTrainingArguments.shapley_weight
+
+
+def test_the_refinement_recipe_is_one_that_was_measured():
+    for backbone, name, least in (
+        ("vit", "with_adapters-spread_sizes-then_the_head_alone-four_pairs", 2),
+        ("convnext", "with_adapters-convolutions-spread_sizes-then_the_head_alone-four_pairs", 2),
+    ):
+        runs = runs_of("*", name, backbone)
+        assert len(runs) >= least
+        for _, found in runs:
+            assert found["frozen"] and not found["shared_epochs"] and found["head_epochs"] == 4
+            # What the study adds for the head alone to learn by.
+            training = found["training"] | {"coalition_weight": 0.0, "value_gradient": 0.0}
+            rate = found["settings"]["learning_rate"]
+            assert refinement_recipe(rate).items() <= (training | {"learning_rate": rate}).items()
 
 
 def test_what_spread_sizes_save_is_that_of_the_result_file():

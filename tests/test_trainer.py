@@ -19,6 +19,7 @@ from hf_shapley import (
     coalitions_to_ids,
     fine_tuning_recipe,
     importance_weights,
+    refinement_recipe,
     sample_coalitions,
 )
 
@@ -103,7 +104,8 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
         return output.logits, model.coalition_values(pixels, coalitions), output.attributions
 
     before = played()
-    recipe = fine_tuning_recipe(1e-2)[1] | {"shapley_warmup": 0.0, "shapley_every": 2}
+    recipe = refinement_recipe(1e-2) if adapters == "frozen" else fine_tuning_recipe(1e-2)[1]
+    recipe |= {"shapley_warmup": 0.0, "shapley_every": 2}
     make_trainer(tmp_path, model, num_train_epochs=3, weight_decay=0.1, **recipe).train()
     after = played()
     assert torch.equal(before[0], after[0])

@@ -62,7 +62,7 @@ from .model_card import ShapleyModelCard, ShapleyModelCardData, render_model_car
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .pipeline_shapley import TASK, ShapleyImageClassificationPipeline
-from .recipes import fine_tuning_recipe
+from .recipes import fine_tuning_recipe, refinement_recipe
 from .version import __version__
 from .visualization import (
     attribution_figure,
@@ -164,6 +164,7 @@ __all__ = [
     "processor_geometry",
     "push_to_hub",
     "ranked_coalitions",
+    "refinement_recipe",
     "render_model_card",
     "sample_coalitions",
     "sample_uniform_sizes",

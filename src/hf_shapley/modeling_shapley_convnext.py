@@ -31,13 +31,11 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        learns = self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled()
-        if not learns or features.device.type != "cpu":
+        bias = self.bias
+        if bias is None or not (bias.requires_grad and torch.is_grad_enabled()) or features.device.type != "cpu":
             return super().forward(features)
-        convolved = self._conv_forward(features, self.weight, self.bias.detach())
-        nothing = (self.bias - self.bias.detach()).to(
-            convolved.dtype
-        )  # in one dtype: autocast's sum is 16 times slower
+        convolved = self._conv_forward(features, self.weight, bias.detach())
+        nothing = (bias - bias.detach()).to(convolved.dtype)  # in one dtype: under autocast the sum is 16 times faster
         return convolved.add_(nothing[:, None, None])  # 0, with the bias's gradient
 
 

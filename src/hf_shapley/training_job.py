@@ -34,7 +34,7 @@ from .files import whole_file
 from .images import load_image
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
-from .recipes import fine_tuning_recipe
+from .recipes import fine_tuning_recipe, refinement_recipe
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 FAMILIES = {
@@ -105,6 +105,9 @@ class ModelArguments:
     freeze_classifier: bool = field(
         default=False, metadata={"help": "Train influence head and adapters alone: predictions stay what they are."}
     )
+    freeze_adapters: bool = field(
+        default=False, metadata={"help": "Train the influence head alone: predictions for masked images stay too."}
+    )
     backbone: str = field(default="convnext", metadata={"help": "From scratch: 'vit' or 'convnext'."})
     image_size: int = field(
         default=8, metadata={"help": "From scratch: height and width that the model sees, pixels."}
@@ -116,12 +119,13 @@ class ModelArguments:
     def __post_init__(self):
         if self.backbone not in FAMILIES:
             raise ValueError(f"`--backbone` must be one of {list(FAMILIES)}, got {self.backbone!r}.")
-        if self.freeze_classifier and self.model is None:
-            raise ValueError("`--freeze_classifier` keeps a trained classifier: give its checkpoint with `--model`.")
-        if self.freeze_classifier and self.ignore_mismatched_sizes:
-            raise ValueError(
-                "`--freeze_classifier` keeps a trained classifier, not the new one of `--ignore_mismatched_sizes`."
-            )
+        for name in ("freeze_classifier", "freeze_adapters"):
+            if getattr(self, name) and self.model is None:
+                raise ValueError(f"`--{name}` keeps a trained classifier: give its checkpoint with `--model`.")
+            if getattr(self, name) and self.ignore_mismatched_sizes:
+                raise ValueError(
+                    f"`--{name}` keeps a trained classifier, not the new one of `--ignore_mismatched_sizes`."
+                )
 
 
 @dataclass
@@ -158,7 +162,8 @@ class DataArguments:
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, ShapleyTrainingArguments]:
     """Options from the command line or from one `.json` file; with no action named, train and evaluate.
 
-    A plain checkpoint with no option of the attribution head starts from `fine_tuning_recipe`.
+    A plain checkpoint with no option of the attribution head starts from `fine_tuning_recipe`, an influence head that
+    learns alone from `refinement_recipe`.
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, ShapleyTrainingArguments), allow_abbrev=False)
     if len(argv) == 1 and argv[0].endswith(".json"):
@@ -167,7 +172,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Sha
     else:
         few = ArgumentParser(add_help=False, allow_abbrev=False)
         few.add_argument("--learning_rate", default=SUPPRESS, type=float)
-        few.add_argument("--freeze_classifier", default=SUPPRESS, type=string_to_bool, nargs="?", const=True)
+        for name in ("freeze_classifier", "freeze_adapters"):
+            few.add_argument(f"--{name}", default=SUPPRESS, type=string_to_bool, nargs="?", const=True)
         for name in ("model", "dataset", "revision", *HEAD_OPTIONS):
             few.add_argument(f"--{name}", default=SUPPRESS)
         parser.set_defaults(**_suited_defaults(vars(few.parse_known_args(argv)[0])))
@@ -185,10 +191,14 @@ def _suited_defaults(given: dict[str, Any]) -> dict[str, Any]:
         return DIGITS_DEFAULTS
     if given.get("model") is None or set(HEAD_OPTIONS) & given.keys():
         return {}
-    family = _model_type(given["model"], given.get("revision", "main"))
-    if family not in FAMILIES:
-        return {}
-    model_options, training_options = fine_tuning_recipe(float(given.get("learning_rate", 5e-5)), family)
+    model_type = _model_type(given["model"], given.get("revision", "main"))
+    learning_rate = float(given.get("learning_rate", 5e-5))
+    plain = model_type in FAMILIES
+    model_options, training_options = fine_tuning_recipe(learning_rate, model_type) if plain else ({}, {})
+    if given.get("freeze_adapters"):
+        training_options = refinement_recipe(learning_rate)
+        if plain:
+            model_options["coalition_adapter_size"] = 0  # new adapters would stay at nothing
     return model_options | training_options
 
 
@@ -264,8 +274,8 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
     model = model_class.from_pretrained(
         args.model, config=config, revision=args.revision, ignore_mismatched_sizes=args.ignore_mismatched_sizes
     )
-    if args.freeze_classifier:
-        model.freeze_classifier()
+    if args.freeze_classifier or args.freeze_adapters:
+        model.freeze_classifier(adapters=args.freeze_adapters)
     return model, AutoImageProcessor.from_pretrained(args.model, revision=args.revision)
 
 
