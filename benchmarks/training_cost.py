@@ -87,8 +87,8 @@ def measure(shape: str, name: str, batch_size: int, repeats: int, threads: int) 
         model = build(shape, **options).train()
         if name.endswith("frozen"):
             model.freeze_classifier()
-        # The process takes its memory over the first steps, which would count as the larger step's cost.
         steps = {"plain": plain, name: joint_step(model, inputs, folder, **args)}
+        # The process takes its memory over the first steps, which would count as the larger step's cost.
         times = interleave(steps, repeats=repeats, warmup=4)
     every = args.get("shapley_every", 1)
     times[name] = {clock: [t / every for t in seconds] for clock, seconds in times[name].items()}
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=RESULTS / "training_cost.json")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)  # as in the processes that measure, for the result file to say so
     tables: dict[str, dict] = {}
     for shape in args.models:
         tables[shape] = {}
