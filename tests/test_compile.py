@@ -184,6 +184,16 @@ def test_hidden_pixels_leak_nothing_under_autocast(backbone, dtype):
     assert not torch.equal(before[~present], after[~present])
 
 
+def test_autocast_leaves_double_precision_alone(backbone):
+    model = small_model(backbone).double()
+    arguments = {**inputs(), "pixel_values": inputs()["pixel_values"].double()}
+    expected = model(**arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(**arguments)
+    for name in ("logits", "attributions", "coalition_votes"):
+        assert torch.equal(found[name], expected[name])
+
+
 def test_channels_last_pixels_change_nothing(backbone):
     model = small_model(backbone)
     arguments = inputs()

@@ -19,6 +19,7 @@ INTERNAL = {
         "absent_shares",
         "check_grid",
         "coalition_adapters",
+        "dtype_of_products",
         "is_own_part",
         "learning_less",
         "linear_of",

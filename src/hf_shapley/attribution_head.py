@@ -69,6 +69,14 @@ def learning_less(module: nn.Module, share: float) -> Callable:
     return lambda *args: torch.func.functional_call(module, weights, args)
 
 
+def dtype_of_products(tensor: Tensor) -> torch.dtype:
+    """What matrix products and convolutions of a tensor compute in: its own dtype, or autocast's, if not float64."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero, so that what it adds starts at nothing."""
 

@@ -17,6 +17,7 @@ from .attribution_head import (
     absent_shares,
     check_grid,
     coalition_adapters,
+    dtype_of_products,
     learning_less,
     scale_gradient,
 )
@@ -182,9 +183,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
         maps = members.flatten(0, 1).unflatten(-1, grid)  # (B' R, G, h, w)
         adapters = iter(self.coalition_adapters)
         share = self.attribution_head.coalition_gradient
-        dtype, device = features.dtype, features.device.type
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves as it is
-            dtype = torch.get_autocast_dtype(device)
+        dtype = dtype_of_products(features)
         if self.coalition_adapters:
             absent = absent_shares(members, coalition_ids, features.dtype)[1].view(-1, *grid)  # (B' R, h, w)
         for stage in self.convnext.encoder.stages:

@@ -14,6 +14,7 @@ from .attribution_head import (
     absent_shares,
     check_grid,
     coalition_adapters,
+    dtype_of_products,
     learning_less,
     scale_gradient,
 )
@@ -255,10 +256,9 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
                 and_mask_function=lambda b, head, query, key: token_ids[b, query] == token_ids[b, key],
             )
         # Additive and in the queries' dtype: torch would turn a bool mask into just that, anew in every layer.
-        device = tokens.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
         apart = token_ids[:, None, :, None] != token_ids[:, None, None, :]  # (B, 1, T, T)
-        return torch.zeros(apart.shape, dtype=dtype, device=tokens.device).masked_fill_(apart, float("-inf"))
+        nothing = torch.zeros(apart.shape, dtype=dtype_of_products(tokens), device=tokens.device)
+        return nothing.masked_fill_(apart, float("-inf"))
 
     def _encode(
         self,
