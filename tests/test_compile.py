@@ -15,6 +15,9 @@ SMALL = {
     "convnext": {"depths": [1, 1]},
 }
 
+# torch's own: its compiler does so where it meets an autograd function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():

@@ -27,6 +27,8 @@ STEPS = 3
 TERMS = ("loss", "loss_classification", "loss_coalition", "loss_shapley", "grad_norm")
 # (backbone, gradient accumulation steps, coalitions on every k-th step); 8 images in each global batch.
 RUNS = [("vit", 1, 1), ("vit", 2, 1), ("convnext", 1, 1), ("convnext", 1, 2)]
+# The oldest torch's sharding waits for events of a stream, which on a CPU has none there.
+SHARDED = ["vit", "convnext"] if hasattr(torch.cpu.Stream, "record_event") else []
 
 
 def images(count: int = 8 * STEPS) -> list[dict]:
@@ -103,7 +105,7 @@ def test_two_processes_train_as_one_on_the_same_global_batch(backbone, accumulat
     assert any((tensor - start[name]).abs().max() > 1e-3 for name, tensor in found.items())
 
 
-@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("backbone", SHARDED)
 def test_shards_of_parameters_have_the_gradient_of_whole_ones(backbone, two_processes):
     found = torch.load(two_processes / f"sharded-{backbone}.pt")
     model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0]).train()
@@ -134,7 +136,8 @@ def work(folder: Path) -> None:
     for kind, dataset in {"memory": data, "stream": data.to_iterable_dataset()}.items():
         result = run_explain(folder / kind, dataset)
         (folder / f"{kind}-{rank}").write_text(str(result.computed_rows))
-    for backbone, layers in (("vit", ShapleyViTForImageClassification._no_split_modules), ("convnext", [])):
+    for backbone in SHARDED:
+        layers = ShapleyViTForImageClassification._no_split_modules if backbone == "vit" else []
         model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0]).train()
         for module in model.modules():
             if type(module).__name__ in layers:  # as accelerate does it

@@ -30,6 +30,7 @@ from hf_shapley import (
     upsample_attributions,
 )
 from hf_shapley.coalitions import sum_over_coalitions
+from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
 
 PLAYERS = 24
 SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}
@@ -196,6 +197,17 @@ def test_the_depthwise_convolution_learns_as_the_stock_one(dtype, autocast):
         torch.testing.assert_close(found, expected)
 
 
+def test_a_masked_convnext_layer_has_the_gradients_that_differences_find():
+    config = make_model("convnext", hidden_act="tanh").config
+    layer = ShapleyConvNextLayer(config, dim=3).double()
+    features = torch.randn(1, 3, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = torch.tensor([[True, False, False], [False, True, False]])
+    second = torch.tensor([[False, True, False], [True, False, False]])
+    masks = torch.stack([first, second, ~(first | second)])[None, ..., None].double()  # (1, 3, 2, 3, 1)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda features: layer(features, masks), features.requires_grad_())
+
+
 def test_structures_may_be_given_for_the_first_images_only(model, pixel_values):
     ids = coalitions_to_ids(draw())
     whole = model(pixel_values, coalition_ids=ids)
@@ -355,9 +367,9 @@ def test_an_ordinary_forward_runs_the_backbone_once(model, pixel_values):
 def test_recording_changes_nothing(model, pixel_values):
     expected = model(pixel_values)
     assert expected.hidden_states is None
-    for wanted in (True, [-1]):
-        output = model(pixel_values, output_hidden_states=wanted)
-        assert output.hidden_states[-1] is not None
+    for wanted in (True, [1], None):  # which layer's [1] is depends on transformers' version
+        output = model(pixel_values, output_hidden_states=wanted, output_attentions=True)
+        assert output.hidden_states[1] is not None if wanted else output.hidden_states is None
         torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.attributions, expected.attributions, atol=1e-5, rtol=1e-5)
     model.config.output_hidden_states = True

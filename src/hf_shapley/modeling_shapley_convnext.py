@@ -25,6 +25,61 @@ from .coalitions import sum_over_coalitions
 from .configuration_shapley import ShapleyConvNextConfig
 
 
+class _Apart(torch.autograd.Function):
+    """Each coalition's own cells: (B, H, W, C), masks (B, G, H, W, 1) -> (B, G, H, W, C), 0 where others are.
+
+    It and `_Together` are each other's gradient, in fewer and smaller passes over memory than those torch derives.
+    """
+
+    @staticmethod
+    def forward(cells: Tensor, masks: Tensor) -> Tensor:
+        return cells.unsqueeze(1) * masks
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Together.apply(gradient, *ctx.saved_tensors), None
+
+
+class _Together(torch.autograd.Function):
+    """Each cell as the coalition that holds it has it: (B, G, H, W, C), masks (B, G, H, W, 1) -> (B, H, W, C)."""
+
+    @staticmethod
+    def forward(apart: Tensor, masks: Tensor) -> Tensor:
+        (first, *others), (mask, *other_masks) = apart.unbind(1), masks.unbind(1)
+        cells = first * mask
+        for own, mask in zip(others, other_masks, strict=True):
+            cells.addcmul_(own, mask)  # exact: at each cell one coalition alone is not 0
+        return cells
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Apart.apply(gradient, *ctx.saved_tensors), None
+
+
+class _LearningBias(torch.autograd.Function):
+    """A convolution's output (B, C, H, W) as it is; the bias (C), which is in it already, gets the gradient's sum."""
+
+    @staticmethod
+    def forward(convolved: Tensor, bias: Tensor) -> Tensor:
+        return convolved.view_as(convolved)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.sum((0, 2, 3)).to(ctx.dtype)
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """The same convolution, whose bias learns from the sum of the output's gradient.
 
@@ -35,9 +90,7 @@ class DepthwiseConv2d(nn.Conv2d):
         bias = self.bias
         if bias is None or not (bias.requires_grad and torch.is_grad_enabled()) or features.device.type != "cpu":
             return super().forward(features)
-        convolved = self._conv_forward(features, self.weight, bias.detach())
-        nothing = (bias - bias.detach()).to(convolved.dtype)  # in one dtype: under autocast the sum is 16 times faster
-        return convolved.add_(nothing[:, None, None])  # 0, with the bias's gradient
+        return _LearningBias.apply(self._conv_forward(features, self.weight, bias.detach()), bias)
 
 
 class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
@@ -56,14 +109,9 @@ class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
             return super().forward(features)
         # Channels last, as in the stock layer: there the convolution's weight gradient is up to 3 times cheaper.
         features = features.contiguous(memory_format=torch.channels_last)
-        hidden = features.permute(0, 2, 3, 1).unsqueeze(1).to(masks.dtype) * masks  # (B, G, H, W, C)
-        apart = hidden.flatten(0, 1).permute(0, 3, 1, 2)
-        apart = learning_less(self.dwconv, share)(apart).permute(0, 2, 3, 1).unflatten(0, masks.shape[:2])
-        first, *others = apart.unbind(1)  # of each coalition, (B, H, W, C)
-        first_mask, *other_masks = masks.unbind(1)
-        hidden = first * first_mask
-        for own, mask in zip(others, other_masks, strict=True):
-            hidden = torch.addcmul(hidden, own, mask)  # exact: at each cell one coalition alone is not 0
+        hidden = _Apart.apply(features.permute(0, 2, 3, 1).to(masks.dtype), masks)  # (B, G, H, W, C)
+        hidden = learning_less(self.dwconv, share)(hidden.flatten(0, 1).permute(0, 3, 1, 2))
+        hidden = _Together.apply(hidden.permute(0, 2, 3, 1).unflatten(0, masks.shape[:2]), masks)  # (B, H, W, C)
         hidden = learning_less(self.layernorm, share)(hidden)
         hidden = learning_less(self.pwconv2, share)(self.act(learning_less(self.pwconv1, share)(hidden)))
         if self.layer_scale_parameter is not None:

@@ -161,15 +161,16 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         recordings = ("output_hidden_states", "output_attentions")
         if not kwargs and not any(getattr(self.config, name, False) for name in recordings):
             return self._tokens(self._embed(pixel_values, interpolate_pos_encoding)), {}
-        wanted = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        inputs: list[Tensor] = []  # of the layer where the influence head leaves the backbone, if it has its own
         own = self.attribution_head.own_layers
-        if own and wanted is not True:  # the influence head reads one of them
-            selected = [] if not wanted else [wanted] if isinstance(wanted, int) else wanted
-            kwargs["output_hidden_states"] = [*selected, -1 - own]
-        outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        hook = self.vit.layers[-own].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        try:
+            outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        finally:
+            hook.remove()
         cls, patches = _split(outputs.last_hidden_state)
-        read = self._own_patches(outputs.hidden_states[-1 - own]) if own else patches
-        recorded = {"hidden_states": outputs.hidden_states if wanted else None, "attentions": outputs.attentions}
+        read = self._own_patches(inputs[0]) if own else patches
+        recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         if self.attribution_head.pooled:
             return (read, cls, self._empty_token()), recorded
         return (read, patches, None), recorded
