@@ -206,10 +206,10 @@ RECIPES = {
         frozen=True,
         start="plain/model",
     ),
-    "plain, then frozen with adapters, four own layers, four spread pairs, then sixteen for 32 epochs": Recipe(
+    "plain, then frozen with adapters, four own layers, four spread pairs, then sixteen for 24 epochs": Recipe(
         ADAPTERS | dict(num_pairs=16, coalition_sizes="spread"),
         _pooled(influence_own_layers=4, coalition_adapter_size=64),
-        head_epochs=32,
+        head_epochs=24,
         frozen=True,
         shared_epochs=False,
         start="plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs/model",
