@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler writes its own start and stop to stderr
 
@@ -118,32 +119,37 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def timed(step: Callable[[], object]) -> dict[str, float]:
+    """Seconds of one call: "wall", and the processor's "cpu", which is nearly blind to other processes."""
+    gc.collect()
+    synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    synchronize()
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
 def interleave(
-    steps: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 2
+    steps: dict[str, Any], *, repeats: int, warmup: int = 2, clock: Callable[[Any], dict[str, float]] = timed
 ) -> dict[str, dict[str, list[float]]]:
     """Time several functions in turn, forwards and backwards, so that a change in the machine's load hits all alike.
 
     Args:
-        steps: name -> function of no argument.
+        steps: name -> function of no argument, or what else `clock` takes.
         repeats: timed rounds; each calls every function once.
         warmup: untimed rounds before.
+        clock: calls the function and gives its seconds.
 
     Returns:
-        name -> {"wall": seconds of each round, "cpu": processor seconds of each round}; the second is nearly blind
-        to other processes.
+        name -> {"wall": seconds of each round, "cpu": processor seconds of each round}.
     """
     names = list(steps)
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in names}
     for round_ in range(-warmup, repeats):
         for name in names if round_ % 2 == 0 else reversed(names):
-            gc.collect()
-            synchronize()
-            wall, cpu = time.perf_counter(), time.process_time()
-            steps[name]()
-            synchronize()
-            if round_ >= 0:
-                times[name]["wall"].append(time.perf_counter() - wall)
-                times[name]["cpu"].append(time.process_time() - cpu)
+            for kind, seconds in clock(steps[name]).items():
+                if round_ >= 0:
+                    times[name][kind].append(seconds)
     return times
 
 

@@ -9,11 +9,11 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from multiprocessing import get_context
 
 import torch
-from common import RESULTS, build, compare, interleave, print_table, write_result
+from common import RESULTS, build, compare, interleave, print_table, timed, write_result
 from torch.optim import AdamW
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
@@ -72,25 +72,50 @@ def joint_step(model, inputs: dict, folder: str, precision: Precision = nullcont
     return step
 
 
-def measure(shape: str, name: str, batch_size: int, repeats: int, threads: int) -> dict[str, dict[str, float]]:
-    """Time the plain step and a joint one in turn."""
+STEP: dict[str, Callable[[], None]] = {}  # of a process that measures
+
+
+def prepare(shape: str, name: str, batch_size: int, threads: int, folder: str) -> None:
+    """Build the model and the step that this process times."""
     torch.set_num_threads(threads)
     model_options, training_options = fine_tuning_recipe(backbone=shape.split("-")[0])
-    args, options = (VARIANTS | dict.fromkeys(RECOMMENDED, (training_options, model_options)))[name]
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "pixel_values": torch.randn(batch_size, 3, 224, 224, generator=generator),
         "labels": torch.randint(0, 1000, (batch_size,), generator=generator),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        plain = plain_step(build(shape, plain=True).train(), inputs)
-        model = build(shape, **options).train()
-        if name.endswith("frozen"):
-            model.freeze_classifier()
-        steps = {"plain": plain, name: joint_step(model, inputs, folder, **args)}
-        # The process takes its memory over the first steps, which would count as the larger step's cost.
-        times = interleave(steps, repeats=repeats, warmup=4)
-    every = args.get("shapley_every", 1)
+    if name == "plain":
+        STEP["step"] = plain_step(build(shape, plain=True).train(), inputs)
+        return
+    args, options = (VARIANTS | dict.fromkeys(RECOMMENDED, (training_options, model_options)))[name]
+    model = build(shape, **options).train()
+    if name.endswith("frozen"):
+        model.freeze_classifier()
+    STEP["step"] = joint_step(model, inputs, folder, **args)
+
+
+def time_step() -> dict[str, float]:
+    """Seconds of one call of the step that this process has prepared."""
+    return timed(STEP["step"])
+
+
+def measure(shape: str, name: str, batch_size: int, repeats: int, threads: int) -> dict[str, dict[str, float]]:
+    """Time the plain step and a joint one in turn.
+
+    Each in a process of its own, as trainings are: what one leaves in memory would change the other's cost.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        processes = {
+            kind: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            for kind in ("plain", name)
+        }
+        for kind, process in processes.items():
+            process.submit(prepare, shape, kind, batch_size, threads, folder).result()
+        # A process takes its memory over the first steps.
+        times = interleave(
+            processes, repeats=repeats, warmup=4, clock=lambda process: process.submit(time_step).result()
+        )
+    every = VARIANTS.get(name, ({}, {}))[0].get("shapley_every", 1)
     times[name] = {clock: [t / every for t in seconds] for clock, seconds in times[name].items()}
     return compare(times, "plain")
 
@@ -108,9 +133,8 @@ def main() -> None:
     tables: dict[str, dict] = {}
     for shape in args.models:
         tables[shape] = {}
-        for name in args.variants:  # each in a process of its own: what one leaves in memory changes the other's cost
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                pair = process.submit(measure, shape, name, args.batch_size, args.repeats, args.threads).result()
+        for name in args.variants:
+            pair = measure(shape, name, args.batch_size, args.repeats, args.threads)
             tables[shape].setdefault("plain", pair["plain"])
             tables[shape][name] = pair[name] | {"plain_wall_ms": pair["plain"]["wall_ms"]}
         goal = GOALS[shape.split("-")[0]]
