@@ -1,23 +1,28 @@
 """Training steps and predictions in bfloat16 on a GPU: images per second, share of the chip's peak, memory.
 
-Timed in turn: the stock step, the joint one (the trainer's own), and the explainer's step of FastSHAP
-(arXiv:2107.07436) and ViT-Shapley (arXiv:2206.05282), which learns from a second model's values of 32 masked copies of
-each image. Peak is the chip's dense bfloat16 rate as its maker states it; what a step computes is counted by torch.
+Timed in turn, each in a process of its own (all are there at once, memory too): the stock step, joint ones (the
+trainer's own), and the explainer's step of FastSHAP (arXiv:2107.07436) and ViT-Shapley (arXiv:2206.05282), which
+learns from a second model's values of 32 masked copies of each image. Peak is the chip's dense bfloat16 rate as its
+maker states it; what a step computes is counted by torch.
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py --device cpu --models vit-tiny --batch-size 2 --image-size 64 --masks 4 --repeats 1
+    python benchmarks/gpu.py --device cpu --models vit-test --batch-size 2 --image-size 16 --masks 4 --repeats 1
 """
 
 import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
-from common import RESULTS, build, compare, interleave, peak_memory, write_result
+from common import RESULTS, build, compare, interleave, peak_memory, timed, write_result
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
-from training_cost import Precision, joint_step, plain_step
+from training_cost import Precision, build_joint, joint_step, plain_step
 
 from hf_shapley import sample_coalitions, shapley_loss
 
@@ -35,11 +40,13 @@ PEAKS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-JOINT: dict[str, dict] = {
-    "joint step": {},
-    "joint step, half of the batch": {"shapley_fraction": 0.5},
-    "joint step, quarter learns through v(S)": {"value_gradient_fraction": 0.25},
+JOINT = {  # name -> variant of training_cost.py
+    "joint step": "joint",
+    "recommended step": "fine_tuning_recipe",
+    "recommended step, frozen": "fine_tuning_recipe, frozen",
 }
+MASKED = "step with masked copies"
+STEPS = ("plain step", *JOINT, MASKED, "plain forward", "explained forward")
 
 
 def peak_of(device: str) -> float | None:
@@ -90,8 +97,8 @@ def predict(model, pixel_values: torch.Tensor, precision: Precision) -> Callable
     return step
 
 
-def steps_of(shape: str, args: argparse.Namespace, compiled: bool, folder: str) -> dict[str, Callable[[], object]]:
-    """Everything that is timed for one shape; `compiled` models are compiled when first called."""
+def make_step(shape: str, name: str, args: argparse.Namespace, folder: str):
+    """The step of this name, and the models that it runs."""
     generator = torch.Generator().manual_seed(0)
     size = (args.batch_size, 3, args.image_size, args.image_size)
     pixel_values = torch.randn(size, generator=generator).to(args.device)
@@ -99,46 +106,78 @@ def steps_of(shape: str, args: argparse.Namespace, compiled: bool, folder: str) 
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (args.batch_size,), generator=generator).to(args.device)
     inputs = {"pixel_values": pixel_values, "labels": labels}
+    models: list[torch.nn.Module] = []
 
     def precision() -> torch.autocast:
         return torch.autocast(args.device, torch.bfloat16)
 
+    def placed(model: torch.nn.Module) -> torch.nn.Module:
+        model = model.to(args.device)
+        models.append(model.to(memory_format=torch.channels_last) if args.channels_last else model)
+        return models[-1]
+
     def make(*, plain: bool = False, train: bool = True) -> torch.nn.Module:
-        model = build(shape, plain=plain, image_size=args.image_size).train(train).to(args.device)
-        if args.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        if compiled:
-            model.compile(fullgraph=True, dynamic=False)  # whole, or an error: never in part
-        return model
+        return placed(build(shape, plain=plain, image_size=args.image_size).train(train))
 
-    steps: dict[str, Callable[[], object]] = {"plain step": plain_step(make(plain=True), inputs, precision)}
-    for name, options in JOINT.items():
-        steps[name] = joint_step(make(), inputs, folder, precision, **options)
-    surrogate = make(plain=True, train=False)
-    steps[f"step with {args.masks} masked copies"] = masked_copies_step(
-        surrogate, make(), inputs, args.masks, precision
-    )
-    steps["plain forward"] = predict(surrogate, pixel_values, precision)
-    steps["explained forward"] = predict(make(train=False), pixel_values, precision)
-    return steps
+    if name == "plain step":
+        return plain_step(make(plain=True), inputs, precision), models
+    if name == MASKED:
+        return masked_copies_step(make(plain=True, train=False), make(), inputs, args.masks, precision), models
+    if name.endswith("forward"):
+        return predict(make(plain=name.startswith("plain"), train=False), pixel_values, precision), models
+    model, options = build_joint(shape, JOINT[name], image_size=args.image_size)
+    return joint_step(placed(model), inputs, folder, precision, **options), models
 
 
-def flops_of(step: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention in a call."""
+STEP: dict[str, Callable[[], object]] = {}  # of a process that measures
+
+
+def prepare(shape: str, name: str, mode: str, args: argparse.Namespace, folder: str) -> int:
+    """Make the step that this process times.
+
+    Returns:
+        The floating-point operations of matrix products, convolutions and attention in a call that is not compiled.
+    """
+    step, models = make_step(shape, name, args, folder)
     with FlopCounterMode(display=False) as counter:
         step()
+    if mode == "compiled":
+        for model in models:
+            model.compile(fullgraph=True, dynamic=False)  # whole, or an error: never in part
+    try:
+        for _ in range(args.warmup):
+            step()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise RuntimeError(f"{shape}, {name}: {error}") from None  # the original does not pass between processes
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+    STEP["step"] = step
     return counter.get_total_flops()
 
 
-def measure(shape: str, args: argparse.Namespace, compiled: bool, flops: dict[str, int]) -> dict[str, dict]:
-    """Time, rate and memory of each step; `flops` are those of the models that are not compiled."""
-    with tempfile.TemporaryDirectory() as folder:
-        steps = steps_of(shape, args, compiled, folder)
-        times = interleave(steps, repeats=args.repeats, warmup=args.warmup)
-        memory = {name: peak_memory(step, args.device) for name, step in steps.items()}
+def time_step() -> dict[str, float]:
+    """Seconds of one call of the step that this process has prepared."""
+    return timed(STEP["step"])
+
+
+def step_memory(device: str) -> int:
+    """Bytes that it takes at its worst moment."""
+    return peak_memory(STEP["step"], device)
+
+
+def measure(shape: str, mode: str, args: argparse.Namespace) -> dict[str, dict]:
+    """Time, rate and memory of each step."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in STEPS
+        }
+        begun = {name: process.submit(prepare, shape, name, mode, args, folder) for name, process in processes.items()}
+        flops = {name: future.result() for name, future in begun.items()}
+        times = interleave(processes, repeats=args.repeats, clock=lambda process: process.submit(time_step).result())
+        memory = {name: process.submit(step_memory, args.device).result() for name, process in processes.items()}
     peak = args.peak_tflops or peak_of(args.device)
     table = {}
-    for name in steps:
+    for name in STEPS:
         baseline = "plain forward" if name.endswith("forward") else "plain step"
         row = compare({key: times[key] for key in (name, baseline)}, baseline)[name]
         rate = flops[name] / row["wall_ms"] / 1e9  # TFLOP/s
@@ -149,12 +188,6 @@ def measure(shape: str, args: argparse.Namespace, compiled: bool, flops: dict[st
             "peak_memory_gib": round(memory[name] / 2**30, 3),
         }
     return table
-
-
-def count_flops(shape: str, args: argparse.Namespace) -> dict[str, int]:
-    """Operations of each step, counted once."""
-    with tempfile.TemporaryDirectory() as folder:
-        return {name: flops_of(step) for name, step in steps_of(shape, args, False, folder).items()}
 
 
 def print_rows(title: str, table: dict[str, dict]) -> None:
@@ -179,9 +212,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--masks", type=int, default=32, help="masked copies per image in the other methods' step")
     parser.add_argument("--channels-last", action="store_true", help="models and pixels in that memory format")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=3, help="untimed calls of each step")
     parser.add_argument("--peak-tflops", type=float, help="of a chip that is not in the list, or at other clocks")
-    parser.add_argument("--output", default=RESULTS / "gpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device: give `--device cpu`, small models and another `--output` to try the code")
@@ -189,20 +222,15 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure one model after another; what is measured is in the file at once."""
     args = parse()
-    flops: dict[str, dict[str, int]] = {}
     tables: dict[str, dict] = {}
-    for shape, mode in itertools.product(args.models, args.modes):
-        if shape not in flops:
-            flops[shape] = count_flops(shape, args)
-        torch.compiler.reset()
-        with torch._dynamo.config.patch(recompile_limit=64):  # models of one class share it
-            table = measure(shape, args, mode == "compiled", flops[shape])
-        tables.setdefault(shape, {})[mode] = table
-        print_rows(f"{shape}, {mode}, batch {args.batch_size}, {args.image_size} x {args.image_size}", table)
     settings = {name: value for name, value in vars(args).items() if name not in ("output", "models", "modes")}
     peak = args.peak_tflops or peak_of(args.device)
-    write_result(args.output, {"settings": settings, "peak_tflops": peak, "dtype": "bfloat16", "models": tables})
+    for shape, mode in itertools.product(args.models, args.modes):
+        tables.setdefault(shape, {})[mode] = table = measure(shape, mode, args)
+        print_rows(f"{shape}, {mode}, batch {args.batch_size}, {args.image_size} x {args.image_size}", table)
+        write_result(args.output, {"settings": settings, "peak_tflops": peak, "dtype": "bfloat16", "models": tables})
 
 
 if __name__ == "__main__":

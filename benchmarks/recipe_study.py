@@ -206,14 +206,17 @@ RECIPES = {
         frozen=True,
         start="plain/model",
     ),
-    "plain, then frozen with adapters, four own layers, four spread pairs, then sixteen for 24 epochs": Recipe(
-        ADAPTERS | dict(num_pairs=16, coalition_sizes="spread"),
-        _pooled(influence_own_layers=4, coalition_adapter_size=64),
-        head_epochs=24,
-        frozen=True,
-        shared_epochs=False,
-        start="plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs/model",
-    ),
+    **{
+        f"plain, then frozen with adapters, four own layers, four spread pairs, then {more}": Recipe(
+            ADAPTERS | dict(num_pairs=pairs, coalition_sizes="spread"),
+            _pooled(influence_own_layers=4, coalition_adapter_size=64),
+            head_epochs=epochs,
+            frozen=True,
+            shared_epochs=False,
+            start="plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs/model",
+        )
+        for more, pairs, epochs in (("sixteen for 24 epochs", 16, 24), ("sixty-four for 8 epochs", 64, 8))
+    },
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
     # one thing each.

@@ -72,13 +72,22 @@ def joint_step(model, inputs: dict, folder: str, precision: Precision = nullcont
     return step
 
 
+def build_joint(shape: str, name: str, **options) -> tuple[torch.nn.Module, dict]:
+    """The model of a variant, or of a recommended recipe, in training mode, and its training arguments."""
+    model_options, training_options = fine_tuning_recipe(backbone=shape.split("-")[0])
+    args, changed = (VARIANTS | dict.fromkeys(RECOMMENDED, (training_options, model_options)))[name]
+    model = build(shape, **changed, **options).train()
+    if name.endswith("frozen"):
+        model.freeze_classifier()
+    return model, args
+
+
 STEP: dict[str, Callable[[], None]] = {}  # of a process that measures
 
 
 def prepare(shape: str, name: str, batch_size: int, threads: int, folder: str) -> None:
     """Build the model and the step that this process times."""
     torch.set_num_threads(threads)
-    model_options, training_options = fine_tuning_recipe(backbone=shape.split("-")[0])
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "pixel_values": torch.randn(batch_size, 3, 224, 224, generator=generator),
@@ -87,10 +96,7 @@ def prepare(shape: str, name: str, batch_size: int, threads: int, folder: str) -
     if name == "plain":
         STEP["step"] = plain_step(build(shape, plain=True).train(), inputs)
         return
-    args, options = (VARIANTS | dict.fromkeys(RECOMMENDED, (training_options, model_options)))[name]
-    model = build(shape, **options).train()
-    if name.endswith("frozen"):
-        model.freeze_classifier()
+    model, args = build_joint(shape, name)
     STEP["step"] = joint_step(model, inputs, folder, **args)
 
 

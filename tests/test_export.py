@@ -21,6 +21,7 @@ def batch(size: int) -> torch.Tensor:
     return torch.randn(size, 3, *SIZE, generator=torch.Generator().manual_seed(size))
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11's own
 @pytest.mark.parametrize("block", ["mlp", "convolution", "backbone"])
 def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block, tmp_path):
     model = make_model(backbone, attribution_head="votes+influence", influence_block=block).train()

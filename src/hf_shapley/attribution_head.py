@@ -502,7 +502,7 @@ class ShapleyImageClassifierMixin:
             gains, fields = self._votes(tokens, voters, structured, grid)
         else:
             gains, fields = self._chosen(tokens, voters, base_values, attributed, grid)
-        for name in {"coalition_gains", "coalition_votes"} & fields.keys():
+        for name in [name for name in ("coalition_gains", "coalition_votes") if name in fields]:
             fields[name] = _detached_beyond(fields[name], num_with_gradient)
         logits = base_values + gains  # (B, K)
         return ShapleyImageClassifierOutput(

@@ -51,8 +51,10 @@ class _Together(torch.autograd.Function):
     def forward(apart: Tensor, masks: Tensor) -> Tensor:
         (first, *others), (mask, *other_masks) = apart.unbind(1), masks.unbind(1)
         cells = first * mask
+        # In place, but where torch is compiling: torch 2.11 would lose the gradient without a word.
+        add = torch.addcmul if torch.compiler.is_compiling() else Tensor.addcmul_
         for own, mask in zip(others, other_masks, strict=True):
-            cells.addcmul_(own, mask)  # exact: at each cell one coalition alone is not 0
+            cells = add(cells, own, mask)  # exact: at each cell one coalition alone is not 0
         return cells
 
     @staticmethod
