@@ -52,10 +52,12 @@ def structures(device: str = "cuda") -> dict:
 def gradients(model, device: str, forward=None) -> dict[str, torch.Tensor]:
     """Of a loss that everything takes part in, on the CPU."""
     model.zero_grad()
-    output = (forward or model)(**batch(device), **structures(device), sums_only=True, num_with_gradient=5)
+    output = (model if forward is None else forward)(
+        **batch(device), **structures(device), sums_only=True, num_with_gradient=5
+    )
     residuals = output.coalition_gains - output.coalition_attributions
     (output.loss + residuals.square().mean() + output.coalition_attributions.square().mean()).backward()
-    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def make_trainer(model, folder, **options) -> ShapleyTrainer:
@@ -88,6 +90,7 @@ def test_gradients_are_those_of_a_cpu(backbone, recipe):
         )
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_a_step_never_waits_for_the_device(backbone, recipe, tmp_path):
     model_options, training_options = recipe
     model = make_model(backbone, **model_options).train()
@@ -97,8 +100,8 @@ def test_a_step_never_waits_for_the_device(backbone, recipe, tmp_path):
     trainer.compute_loss(model, inputs).backward()  # with what is done once
     trainer.state.global_step += 1
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, inputs)
         loss.backward()

@@ -86,6 +86,34 @@ def test_the_table_of_costs_is_that_of_its_result_files():
     assert "\n".join(cost_rows()) in README
 
 
+def test_the_table_of_a_gpu_is_that_of_its_result_file():
+    models = json.loads((RESULTS / "gpu.json").read_text())["models"]
+    tables = [models[shape]["eager"] for shape in ("vit-base", "convnext-tiny")]
+    rows = {
+        "step with every default": "joint step",
+        "step with `fine_tuning_recipe`": "recommended step",
+        "the same, the classifier frozen": "recommended step, frozen",
+        "step of an explainer that learns from 32 masked copies of each image": "step with masked copies",
+        "forward that explains all of 1,000 labels": "explained forward",
+    }
+    for title, name in rows.items():
+        cells = [title, *(f"{table[name]['wall_ratio']:.2f}" for table in tables)]
+        assert f"| {' | '.join(cells)} |" in README
+    page = " ".join(README.split())
+
+    def both(text: str, name: str, key: str, scale: float = 1.0, *, relative: bool = False) -> str:
+        return text.format(
+            *(table[name][key] * scale / (table["plain step"][key] if relative else 1) for table in tables)
+        )
+
+    assert both("it uses {:.1f} and {:.1f} % of the chip's peak", "recommended step", "share_of_peak", 100) in page
+    assert both("the plain step {:.1f} and {:.1f} %", "plain step", "share_of_peak", 100) in page
+    memory = "It takes {:.2f} and {:.2f} times the plain step's memory"
+    assert both(memory, "recommended step", "peak_memory_gib", relative=True) in page
+    memory = "that with every default {:.2f} and {:.2f} times"
+    assert both(memory, "joint step", "peak_memory_gib", relative=True) in page
+
+
 def test_the_page_on_fine_tuning_says_what_keeping_memory_saves():
     def seconds(name: str, variant: str) -> str:
         rows = (
