@@ -506,6 +506,19 @@ def test_the_classifiers_weights_get_a_share_of_the_coalitions_gradient(backbone
     assert sum(gradient.any().item() for gradient in whole.values()) > len(whole) / 2
 
 
+def test_hooks_of_a_layers_parts_act_on_coalitions_too(pixel_values):
+    model = make_model("vit", coalition_gradient=0.0).train()
+    ids = coalitions_to_ids(sample_coalitions(3, 1, num_players=24, generator=torch.Generator().manual_seed(0)))
+    found = model(pixel_values, ids).coalition_votes
+    for part in (model.vit.layers[0].attention.o_proj, model.vit.layers[0].layernorm_after):
+        handle = part.register_forward_hook(lambda module, inputs, output: 2 * output)
+        hooked = model(pixel_values, ids).coalition_votes
+        with torch.no_grad():  # where the parts are called as they are
+            torch.testing.assert_close(hooked, model(pixel_values, ids).coalition_votes, atol=1e-6, rtol=1e-5)
+        handle.remove()
+        assert (hooked - found).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention):
     model = make_model("vit", attn_implementation=attention)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -68,12 +67,13 @@ def learning_less(module: nn.Module, share: float) -> Callable:
     if share == 1 or not torch.is_grad_enabled() or not any(weight.requires_grad for weight in module.parameters()):
         return module
     weights = {name: scale_gradient(weight, share) for name, weight in module.named_parameters()}
-    if not (module._forward_hooks or module._forward_pre_hooks):
+    if not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
         # The same. To exchange a module's weights takes the host longer than to launch its kernel.
         if type(module) is nn.Linear:
-            return partial(F.linear, **weights)
+            return partial(nn.functional.linear, **weights)
         if type(module) is nn.LayerNorm:
-            return partial(F.layer_norm, normalized_shape=module.normalized_shape, eps=module.eps, **weights)
+            shape = module.normalized_shape
+            return partial(nn.functional.layer_norm, normalized_shape=shape, eps=module.eps, **weights)
     return lambda *args: torch.func.functional_call(module, weights, args)
 
 
