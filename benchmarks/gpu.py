@@ -1,9 +1,9 @@
 """Training steps and predictions in bfloat16 on a GPU: images per second, share of the chip's peak, memory.
 
-Timed in turn, each in a process of its own (all models' are there at once, memory too): the stock step, joint ones
-(the trainer's own), and the explainer's step of FastSHAP (arXiv:2107.07436) and ViT-Shapley (arXiv:2206.05282), which
+Timed in turn, each in a process of its own (a model's are there at once, memory too): the stock step, joint ones (the
+trainer's own), and the explainer's step of FastSHAP (arXiv:2107.07436) and ViT-Shapley (arXiv:2206.05282), which
 learns from a second model's values of 32 masked copies of each image. Peak is the chip's dense bfloat16 rate as its
-maker states it; what a step computes is counted by torch.
+maker states it; what a step computes is counted by torch. Compiling takes minutes a model.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --models vit-test --batch-size 2 --image-size 16 --masks 4 --repeats 1
@@ -165,29 +165,27 @@ def step_memory(device: str) -> int:
     return peak_memory(STEP["step"], device)
 
 
-def measure(mode: str, args: argparse.Namespace) -> dict[str, dict[str, dict]]:
-    """Time, rate and memory of each model's steps; whatever is compiled is so before anything is timed."""
+def measure(shape: str, mode: str, args: argparse.Namespace) -> dict[str, dict]:
+    """Time, rate and memory of each step of one model; what is compiled is so before anything is timed."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         processes = {
-            key: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-            for key in itertools.product(args.models, args.steps)
+            name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in args.steps
         }
-        begun = {key: process.submit(prepare, *key, mode, args, folder) for key, process in processes.items()}
-        flops = {key: future.result() for key, future in begun.items()}
-        tables = {}
-        for shape in args.models:
-            steps = {name: processes[shape, name] for name in args.steps}
-            times = interleave(steps, repeats=args.repeats, clock=lambda process: process.submit(time_step).result())
-            tables[shape] = {
-                name: row_of(name, times, flops[shape, name], process.submit(step_memory, args.device).result(), args)
-                for name, process in steps.items()
-            }
-    return tables
+        begun = {name: process.submit(prepare, shape, name, mode, args, folder) for name, process in processes.items()}
+        flops = {name: future.result() for name, future in begun.items()}
+        times = interleave(processes, repeats=args.repeats, clock=lambda process: process.submit(time_step).result())
+        memory = {name: process.submit(step_memory, args.device).result() for name, process in processes.items()}
+    return {name: row_of(name, times, flops[name], memory[name], args) for name in args.steps}
+
+
+def baseline_of(name: str) -> str:
+    """What stands for ratio 1."""
+    return "plain forward" if name.endswith("forward") else "plain step"
 
 
 def row_of(name: str, times: dict, flops: int, memory: int, args: argparse.Namespace) -> dict[str, float | None]:
     """What the result file says of a step."""
-    baseline = "plain forward" if name.endswith("forward") else "plain step"
+    baseline = baseline_of(name)
     row = compare({key: times[key] for key in (name, baseline)}, baseline)[name]
     rate = flops / row["wall_ms"] / 1e9  # TFLOP/s
     peak = args.peak_tflops or peak_of(args.device)
@@ -216,7 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--models", nargs="+", default=["vit-base", "convnext-tiny", "convnext-base"])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, help="with what each is compared to")
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, help="with those they are compared to")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--masks", type=int, default=32, help="masked copies per image in the other methods' step")
@@ -226,23 +224,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, help="of a chip that is not in the list, or at other clocks")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     args = parser.parse_args()
+    missing = {baseline_of(name) for name in args.steps} - set(args.steps)
+    if missing:
+        parser.error(f"--steps needs {sorted(missing)} too, which the others are compared to")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device: give `--device cpu`, small models and another `--output` to try the code")
     return args
 
 
 def main() -> None:
-    """Measure in one mode after another; what is measured is in the file at once."""
+    """Measure one model after another; what is measured is in the file at once."""
     args = parse()
     tables: dict[str, dict] = {shape: {} for shape in args.models}
     settings = {
         name: value for name, value in vars(args).items() if name not in ("output", "models", "modes", "steps")
     }
     peak = args.peak_tflops or peak_of(args.device)
-    for mode in args.modes:
-        for shape, table in measure(mode, args).items():
-            tables[shape][mode] = table
-            print_rows(f"{shape}, {mode}, batch {args.batch_size}, {args.image_size} x {args.image_size}", table)
+    for shape, mode in itertools.product(args.models, args.modes):
+        tables[shape][mode] = table = measure(shape, mode, args)
+        print_rows(f"{shape}, {mode}, batch {args.batch_size}, {args.image_size} x {args.image_size}", table)
         write_result(args.output, {"settings": settings, "peak_tflops": peak, "dtype": "bfloat16", "models": tables})
 
 
