@@ -215,7 +215,7 @@ RECIPES = {
             shared_epochs=False,
             start="plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs/model",
         )
-        for more, pairs, epochs in (("sixteen for 24 epochs", 16, 24), ("sixty-four for 6 epochs", 64, 6))
+        for more, pairs, epochs in (("sixteen for 24 epochs", 16, 24), ("sixty-four for 10 epochs", 64, 10))
     },
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
