@@ -135,7 +135,7 @@ def test_autocast_attributions_add_up(model, dtype):
     assert error < 0.05
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores:UserWarning")
 def test_compiled_it_trains_and_explains_the_same(backbone, recipe):
     torch.compiler.reset()
     model = make_model(backbone, **recipe[0]).train().cuda()

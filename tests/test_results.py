@@ -114,6 +114,29 @@ def test_the_table_of_a_gpu_is_that_of_its_result_file():
     assert both(memory, "joint step", "peak_memory_gib", relative=True) in page
 
 
+def test_what_compiling_and_large_batches_do_on_a_gpu_is_in_result_files():
+    def step(name: str, mode: str, kind: str) -> dict[str, float]:
+        return json.loads((RESULTS / f"{name}.json").read_text())["models"]["vit-base"][mode][kind]
+
+    eager, compiled = (
+        [step(name, mode, kind) for kind in ("plain step", "recommended step")]
+        for name, mode in (("gpu", "eager"), ("gpu_compiled", "compiled"))
+    )
+    page, guide = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in ("README.md", "docs/finetune.md")
+    )
+    recommended = f"{compiled[1]['wall_ms']:.1f} ms instead of {eager[1]['wall_ms']:.1f}"
+    assert f"ViT-B/16's recommended step takes {recommended}" in page
+    assert f"ViT-B/16's step at batch 128 takes {recommended}" in guide
+    assert f"the plain one {compiled[0]['wall_ms']:.1f} instead of {eager[0]['wall_ms']:.1f}" in page
+    assert f"{compiled[1]['wall_ratio']:.2f} compiled plain steps" in page
+    assert f"or {compiled[1]['wall_ms'] / eager[0]['wall_ms']:.2f} of those that are faster uncompiled" in page
+    large, frozen = (
+        step("gpu_batch_512", "eager", kind)["wall_ratio"] for kind in ("recommended step", "recommended step, frozen")
+    )
+    assert f"it is {large:.2f} plain steps uncompiled, and {frozen:.2f} with the classifier frozen" in page
+
+
 def test_the_page_on_fine_tuning_says_what_keeping_memory_saves():
     def seconds(name: str, variant: str) -> str:
         rows = (
