@@ -147,7 +147,8 @@ class CoalitionAdapter(nn.Module):
 
     def forward(self, tokens: Tensor, absent: Tensor) -> Tensor:
         """Tokens (..., D) and the share of players that their coalitions lack, (..., 1) -> (..., D)."""
-        return tokens + absent * self.up(self.act(self.down(self.norm(tokens)) + self.shift(absent)))
+        change = self.up(self.act(self.down(self.norm(tokens)) + self.shift(absent)))
+        return torch.addcmul(tokens, absent, change)  # without a tensor between
 
 
 class AttributionHead(nn.Module):
