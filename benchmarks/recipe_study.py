@@ -208,14 +208,19 @@ RECIPES = {
     ),
     **{
         f"plain, then frozen with adapters, four own layers, four spread pairs, then {more}": Recipe(
-            ADAPTERS | dict(num_pairs=pairs, coalition_sizes="spread"),
+            ADAPTERS | dict(num_pairs=pairs, coalition_sizes="spread", attribution_learning_rate=rate),
             _pooled(influence_own_layers=4, coalition_adapter_size=64),
             head_epochs=epochs,
             frozen=True,
             shared_epochs=False,
-            start="plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs/model",
+            start=f"plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs{start}/model",
         )
-        for more, pairs, epochs in (("sixteen for 24 epochs", 16, 24), ("sixty-four for 10 epochs", 64, 10))
+        for more, pairs, epochs, rate, start in (
+            ("sixteen for 24 epochs", 16, 24, 4e-3, ""),
+            ("sixty-four for 10 epochs", 64, 10, 4e-3, ""),
+            # Many steps again, where the one above has many pairs.
+            ("sixty-four for 10 epochs, four for 20", 4, 20, 2e-3, "-then_sixty-four_for_10_epochs"),
+        )
     },
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
