@@ -49,6 +49,7 @@ class ShapleyViTLayer(ViTLayer):
         if num_queries is None and num_images is None and share == 1:
             return super().forward(hidden_states, attention_mask, **kwargs)
         normed = learning_less(self.layernorm_before, share)(hidden_states)
+        normed = normed.to(dtype_of_products(normed))  # once, where autocast would do it for each that reads it
         if num_images is None:
             if isinstance(attention_mask, Tensor | None):
                 rows = None if attention_mask is None else attention_mask[:, :, :num_queries]
