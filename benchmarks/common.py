@@ -8,8 +8,11 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,27 @@ def timed(step: Callable[[], object]) -> dict[str, float]:
     step()
     synchronize()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+STEP: dict[str, Callable[[], object]] = {}  # of a process that measures, under "step"
+
+
+@contextmanager
+def own_processes(names: Iterable[str]) -> Iterator[dict[str, ProcessPoolExecutor]]:
+    """A process for each step, as in use: what one leaves in memory would change another's cost."""
+    with ExitStack() as stack:
+        context = get_context("spawn")
+        yield {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for name in names}
+
+
+def time_step() -> dict[str, float]:
+    """Seconds of one call of the step that this process keeps."""
+    return timed(STEP["step"])
+
+
+def timed_there(process: ProcessPoolExecutor) -> dict[str, float]:
+    """Seconds of one call of the step that another process keeps."""
+    return process.submit(time_step).result()
 
 
 def interleave(

@@ -1,7 +1,8 @@
 """Cost of an explained prediction (logits and every patch's Shapley value for every label) against a plain one.
 
-Stock model and ours, same shape, run in turn without gradients; memory is what a call holds at its worst moment, by
-the allocator's own account, weights included. Beside the time stands the ratio of floating point operations, counted.
+Stock model and ours, same shape, each in a process of its own, run in turn without gradients; memory is what a call
+holds at its worst moment, by the allocator's own account, and its model's weights. Beside the time stands the ratio of
+floating point operations, counted.
 
     python benchmarks/explain_latency.py --models vit-tiny vit-base convnext-tiny --batch-sizes 1 8 --repeats 30
 """
@@ -10,7 +11,19 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import RESULTS, build, compare, interleave, operations, peak_memory, print_table, write_result
+from common import (
+    RESULTS,
+    STEP,
+    build,
+    compare,
+    interleave,
+    operations,
+    own_processes,
+    peak_memory,
+    print_table,
+    timed_there,
+    write_result,
+)
 
 from hf_shapley import fine_tuning_recipe
 
@@ -31,22 +44,41 @@ def forward(model, pixel_values: torch.Tensor, **options) -> Callable[[], object
     return step
 
 
-def measure(shape: str, batch_size: int, repeats: int, num_labels: int) -> dict:
-    """Time, operations and memory of both models."""
+def prepare(shape: str, options: dict, batch_size: int, threads: int) -> int:
+    """Build the model and keep the forward pass that this process times; gives the bytes of the weights."""
+    torch.set_num_threads(threads)
     pixel_values = torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    plain = build(shape, plain=True, num_labels=num_labels).eval()
-    steps = {"plain": forward(plain, pixel_values)}
+    model = build(shape, **options).eval()
+    STEP["step"] = forward(model, pixel_values)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def kept(count: Callable[[Callable], int]) -> int:
+    """What a function says of the forward pass that this process keeps."""
+    return count(STEP["step"])
+
+
+def measure(shape: str, batch_size: int, repeats: int, num_labels: int, threads: int) -> dict:
+    """Time, operations and memory of both models."""
     heads = HEADS | {"fine_tuning_recipe": fine_tuning_recipe(backbone=shape.split("-")[0])[0]}
-    for name, options in heads.items():
-        model = build(shape, num_labels=num_labels, **options).eval()
-        steps[f"explained, {name}"] = forward(model, pixel_values)
-    table = compare(interleave(steps, repeats=repeats), "plain")
-    weights = sum(parameter.nbytes for parameter in plain.parameters())
-    peaks = {name: weights + peak_memory(step) for name, step in steps.items()}
-    counted = {name: operations(step) for name, step in steps.items()}
+    models = {"plain": {"plain": True}} | {f"explained, {name}": options for name, options in heads.items()}
+    with own_processes(models) as processes:
+        weights = {
+            name: process.submit(
+                prepare, shape, {"num_labels": num_labels, **models[name]}, batch_size, threads
+            ).result()
+            for name, process in processes.items()
+        }
+        # A process takes its memory over the first calls.
+        table = compare(interleave(processes, repeats=repeats, warmup=4, clock=timed_there), "plain")
+        peaks, counted = (
+            {name: process.submit(kept, count).result() for name, process in processes.items()}
+            for count in (peak_memory, operations)
+        )
     for name, row in table.items():
         row["operations_ratio"] = round(counted[name] / counted["plain"], 4)
-        row |= {"peak_mib": round(peaks[name] / 2**20, 2), "memory_ratio": round(peaks[name] / peaks["plain"], 4)}
+        peak, plain = (weights[each] + peaks[each] for each in (name, "plain"))
+        row |= {"peak_mib": round(peak / 2**20, 2), "memory_ratio": round(peak / plain, 4)}
     return table
 
 
@@ -63,7 +95,7 @@ def main() -> None:
     tables = {}
     for shape in args.models:
         for batch_size in args.batch_sizes:
-            table = measure(shape, batch_size, args.repeats, args.num_labels)
+            table = measure(shape, batch_size, args.repeats, args.num_labels, args.threads)
             tables.setdefault(shape, {})[f"batch {batch_size}"] = table
             print_table(
                 f"{shape}, batch {batch_size}, {args.num_labels} labels (goal: at most {GOAL['time']}x)", table

@@ -13,13 +13,10 @@ import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from common import RESULTS, build, compare, interleave, peak_memory, timed, write_result
+from common import RESULTS, STEP, build, compare, interleave, own_processes, peak_memory, timed_there, write_result
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 from training_cost import Precision, build_joint, joint_step, plain_step
@@ -129,9 +126,6 @@ def make_step(shape: str, name: str, args: argparse.Namespace, folder: str):
     return joint_step(placed(model), inputs, folder, precision, **options), models
 
 
-STEP: dict[str, Callable[[], object]] = {}  # of a process that measures
-
-
 def prepare(shape: str, name: str, mode: str, args: argparse.Namespace, folder: str) -> int:
     """Make the step that this process times.
 
@@ -155,11 +149,6 @@ def prepare(shape: str, name: str, mode: str, args: argparse.Namespace, folder: 
     return counter.get_total_flops()
 
 
-def time_step() -> dict[str, float]:
-    """Seconds of one call of the step that this process has prepared."""
-    return timed(STEP["step"])
-
-
 def step_memory(device: str) -> int:
     """Bytes that it takes at its worst moment."""
     return peak_memory(STEP["step"], device)
@@ -167,13 +156,10 @@ def step_memory(device: str) -> int:
 
 def measure(shape: str, mode: str, args: argparse.Namespace) -> dict[str, dict]:
     """Time, rate and memory of each step of one model; what is compiled is so before anything is timed."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        processes = {
-            name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in args.steps
-        }
+    with tempfile.TemporaryDirectory() as folder, own_processes(args.steps) as processes:
         begun = {name: process.submit(prepare, shape, name, mode, args, folder) for name, process in processes.items()}
         flops = {name: future.result() for name, future in begun.items()}
-        times = interleave(processes, repeats=args.repeats, clock=lambda process: process.submit(time_step).result())
+        times = interleave(processes, repeats=args.repeats, clock=timed_there)
         memory = {name: process.submit(step_memory, args.device).result() for name, process in processes.items()}
     return {name: row_of(name, times, flops[name], memory[name], args) for name in args.steps}
 

@@ -8,12 +8,20 @@ Both are forward, backward and AdamW step on the same images, timed in turn. The
 import argparse
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from multiprocessing import get_context
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from common import RESULTS, build, compare, interleave, print_table, timed, write_result
+from common import (
+    RESULTS,
+    STEP,
+    build,
+    compare,
+    interleave,
+    own_processes,
+    print_table,
+    timed_there,
+    write_result,
+)
 from torch.optim import AdamW
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
@@ -82,9 +90,6 @@ def build_joint(shape: str, name: str, **options) -> tuple[torch.nn.Module, dict
     return model, args
 
 
-STEP: dict[str, Callable[[], None]] = {}  # of a process that measures
-
-
 def prepare(shape: str, name: str, batch_size: int, threads: int, folder: str) -> None:
     """Build the model and the step that this process times."""
     torch.set_num_threads(threads)
@@ -100,27 +105,13 @@ def prepare(shape: str, name: str, batch_size: int, threads: int, folder: str) -
     STEP["step"] = joint_step(model, inputs, folder, **args)
 
 
-def time_step() -> dict[str, float]:
-    """Seconds of one call of the step that this process has prepared."""
-    return timed(STEP["step"])
-
-
 def measure(shape: str, name: str, batch_size: int, repeats: int, threads: int) -> dict[str, dict[str, float]]:
-    """Time the plain step and a joint one in turn.
-
-    Each in a process of its own, as trainings are: what one leaves in memory would change the other's cost.
-    """
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        processes = {
-            kind: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-            for kind in ("plain", name)
-        }
+    """Time the plain step and a joint one in turn."""
+    with tempfile.TemporaryDirectory() as folder, own_processes(["plain", name]) as processes:
         for kind, process in processes.items():
             process.submit(prepare, shape, kind, batch_size, threads, folder).result()
         # A process takes its memory over the first steps.
-        times = interleave(
-            processes, repeats=repeats, warmup=4, clock=lambda process: process.submit(time_step).result()
-        )
+        times = interleave(processes, repeats=repeats, warmup=4, clock=timed_there)
     every = VARIANTS.get(name, ({}, {}))[0].get("shapley_every", 1)
     times[name] = {clock: [t / every for t in seconds] for clock, seconds in times[name].items()}
     return compare(times, "plain")
