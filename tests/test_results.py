@@ -340,9 +340,9 @@ CIFAR10 = (
         "plain-then_frozen_with_adapters-four_own_layers-sixteen_spread_pairs_for_the_last_20_of_52_epochs",
     ),
     (
-        "ConvNeXt, frozen, four pairs, then sixteen, all of spread sizes, larger head, 32 more epochs",
+        "ConvNeXt, frozen, four pairs, then sixty-four, all of spread sizes, larger head, 18 more epochs",
         "convnext_fine_tuned_8_epochs",
-        "plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs-then_sixteen_for_24_epochs",
+        "plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs-then_sixty-four_for_10_epochs",
     ),
 )
 
