@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from conftest import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PrinterCallback
 
 from hf_shapley import (
@@ -125,6 +126,32 @@ def test_values_in_half_precision_are_near_those_in_single_precision(dtype, back
     found = model.to(dtype).coalition_values(pixels.to(dtype), coalitions)
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 60 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of tensors of at least so many numbers."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].numel() >= self.size:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_tokens_once_for_attention_and_once_for_the_mlp():
+    counts = []
+    for layers in (2, 4):
+        model = make_model("vit", num_hidden_layers=layers, attribution_head="votes+influence", vote_readout="pooled")
+        pixel_values = torch.randn(8, 3, 16, 24)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts(8 * 24 * model.config.hidden_size) as casts:
+            model(pixel_values)
+        counts.append(casts.count)
+    assert (
+        counts[1] - counts[0] == 2 * 2
+    )  # a stock layer does it four times: queries, keys and values, each for itself
 
 
 def train(folder, model, labels: torch.Tensor, **options) -> ShapleyTrainer:
