@@ -135,7 +135,7 @@ class Casts(TorchDispatchMode):
         super().__init__()
         self.size, self.count = size, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, _, args=(), kwargs=None):
         if func is torch.ops.aten._to_copy.default and args[0].numel() >= self.size:
             self.count += 1
         return func(*args, **(kwargs or {}))
