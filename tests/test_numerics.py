@@ -149,9 +149,8 @@ def test_autocast_casts_tokens_once_for_attention_and_once_for_the_mlp():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts(8 * 24 * model.config.hidden_size) as casts:
             model(pixel_values)
         counts.append(casts.count)
-    assert (
-        counts[1] - counts[0] == 2 * 2
-    )  # a stock layer does it four times: queries, keys and values, each for itself
+    # A stock layer does it four times: queries, keys and values, each for itself.
+    assert counts[1] - counts[0] == 2 * 2
 
 
 def train(folder, model, labels: torch.Tensor, **options) -> ShapleyTrainer:
