@@ -193,6 +193,20 @@ def open_page(browser, url: str, path: str):
     return page
 
 
+def answers_asked_for(page, api_name: str) -> list:
+    """The requests that the page sends from now on for what has this name in the API."""
+    ids = page.evaluate("name => gradio_config.dependencies.filter(x => x.api_name === name).map(x => x.id)", api_name)
+    assert len(ids) == 1
+    asked = []
+
+    def look(request) -> None:
+        if "/queue/join" in request.url and request.post_data_json["fn_index"] in ids:
+            asked.append(request)
+
+    page.on("request", look)
+    return asked
+
+
 def shown(page, name: str) -> bytes:
     """The picture that a component shows, or nothing."""
     script = """image => fetch(image.src).then(answer => answer.blob()).then(blob => new Promise(done => {
@@ -217,7 +231,9 @@ def choose(page, name: str, label: str) -> None:
 
 def test_a_visitor_uploads_a_picture_asks_about_labels_and_removes_patches(browser, url, examples):
     page = open_page(browser, url, examples[0])
+    page.wait_for_selector("#map_a img")
     first = shown(page, "map_a")
+    asked = answers_asked_for(page, "explain")
     page.set_input_files("#source input[type=file]", examples[3])
     uploaded = wait_for_change(page, "map_a", first)
     whole = shown(page, "board")
@@ -247,6 +263,7 @@ def test_a_visitor_uploads_a_picture_asks_about_labels_and_removes_patches(brows
     box = page.locator("#board img").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 2 + 20, box["y"] + box["height"] / 2 + 20)
     page.get_by_text("1 of 16 patches removed").wait_for()
+    assert len(asked) == 1  # a second answer of the same picture would put all patches back, whenever it comes
 
 
 def test_a_picture_that_comes_while_another_is_answered_is_not_lost(browser, url, examples):

@@ -303,6 +303,7 @@ def build_app(classifier: ShapleyImageClassificationPipeline, examples: Sequence
     answers = Answers(classifier)
     with gr.Blocks(title="hf_shapley", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         state = gr.State(None, time_to_live=3600)
+        path = gr.State(None, time_to_live=3600)
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column():
@@ -332,7 +333,10 @@ def build_app(classifier: ShapleyImageClassificationPipeline, examples: Sequence
         # What a visitor does while an answer is on its way is answered next, not dropped.
         common = {"trigger_mode": "always_last"}
         quiet = common | {"show_progress": "hidden", "api_name": False}
-        gr.on([app.load, source.change], answers.on_picture, source, everything, api_name="explain", **common)
+        # A picture that takes another's place comes as two changes: the second answer would undo what the visitor has
+        # done since the first.
+        gr.on([app.load, source.change], lambda path: path, source, path, **quiet)
+        path.change(answers.on_picture, source, everything, api_name="explain", **common)
         gr.on([first.input, second.input], answers.view, asked, view, **quiet)
         count.input(answers.on_count, [*asked, count], [state, *view], **quiet)
         board.select(answers.on_click, asked, [state, *view], **quiet)
