@@ -151,7 +151,7 @@ class Study:
         set_seed(self.options.seed)
         args = args or arguments(TrainingArguments, self.options, steps)
         trainer = trainer_class(
-            model, args, train_dataset=self.train, data_collator=self.train.collate, callbacks=list(callbacks)
+            model, args, train_dataset=self.train, data_collator=self.train.augment, callbacks=list(callbacks)
         )
         for name, value in attributes.items():
             setattr(trainer, name, value.to(args.device))

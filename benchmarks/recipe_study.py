@@ -69,7 +69,8 @@ class Recipe:
     classifier and its accuracy stay as they are, and a step costs little, because nothing but the head has a gradient.
     With `frozen` the classifier is so from the beginning, and coalition adapters, where there are any, learn with the
     head until it learns alone: at once where there are no `shared_epochs`. `start` is the checkpoint that a recipe
-    starts from: "plain/model" is what the control, run before, ended with.
+    starts from: "plain/model" is what the control, run before, ended with. Without `augmented` images are shown as
+    they are in the test.
     """
 
     training: dict = field(default_factory=dict)
@@ -77,6 +78,7 @@ class Recipe:
     head_epochs: float = 0.0
     frozen: bool = False
     shared_epochs: bool = True
+    augmented: bool = True
     start: str = "start"
 
 
@@ -222,6 +224,16 @@ RECIPES = {
             ("sixty-four for 10 epochs, four for 20", 4, 20, 2e-3, "-then_sixty-four_for_10_epochs"),
         )
     },
+    "plain, then frozen with adapters, four own layers, four spread pairs, then sixty-four for 10 epochs, sixteen "
+    "without augmentation for 6": Recipe(
+        ADAPTERS | dict(num_pairs=16, coalition_sizes="spread", attribution_learning_rate=1e-3),
+        _pooled(influence_own_layers=4, coalition_adapter_size=64),
+        head_epochs=6,
+        frozen=True,
+        shared_epochs=False,
+        augmented=False,
+        start="plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs-then_sixty-four_for_10_epochs/model",
+    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
     # one thing each.
@@ -310,7 +322,7 @@ RECIPES = {
 
 
 class Images(torch.utils.data.Dataset):
-    """Images kept as bytes in memory; a batch is augmented (shift up to 4 pixels, flip) and normalised at once."""
+    """Images kept as bytes in memory; a batch is normalised, and augmented (shift up to 4 pixels, flip), at once."""
 
     def __init__(self, split, count: int | None):
         split = split if count is None else split.select(range(min(count, len(split))))
@@ -324,6 +336,9 @@ class Images(torch.utils.data.Dataset):
         return index
 
     def collate(self, indices: list[int]) -> dict[str, Tensor]:
+        return {"pixel_values": normalise(self.pixels[indices]), "labels": self.labels[indices]}
+
+    def augment(self, indices: list[int]) -> dict[str, Tensor]:
         pixels = torch.nn.functional.pad(self.pixels[indices], (4, 4, 4, 4))
         rows, columns = (torch.randint(0, 9, (len(indices), 1)) + torch.arange(32) for _ in range(2))
         batch = torch.arange(len(indices)).view(-1, 1, 1)
@@ -395,7 +410,8 @@ def train(
         make_trainer = ShapleyTrainer
         args = arguments(ShapleyTrainingArguments, options, folder, rate, **saving, **recipe.training)
     callbacks = [Averaging(options.average)] if options.average else None
-    trainer = make_trainer(model, args, train_dataset=images, data_collator=images.collate, callbacks=callbacks)
+    collate = images.augment if recipe is None or recipe.augmented else images.collate
+    trainer = make_trainer(model, args, train_dataset=images, data_collator=collate, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     return model.eval(), trainer.state.log_history[-1]["train_runtime"]
 
@@ -471,7 +487,7 @@ def run(name: str, options, train_images: Images, test_images: Images, first_ima
         )
     if recipe is not None and recipe.head_epochs:
         model.freeze_classifier(adapters=True)
-        alone = Recipe(recipe.training | HEAD_ALONE)
+        alone = Recipe(recipe.training | HEAD_ALONE, augmented=recipe.augmented)
         rate = options.learning_rate
         model, more = train(
             model.train(), train_images, work / slug / "head", options, alone, recipe.head_epochs, rate
