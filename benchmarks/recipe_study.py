@@ -254,18 +254,21 @@ RECIPES = {
     },
     # What the recommended recipes end with goes on, the head alone.
     **{
-        f"{start}, then the head alone, {number} pairs{longer}": Recipe(
+        f"{start}, then the head alone, {more}": Recipe(
             ADAPTERS | dict(num_pairs=pairs, coalition_sizes="spread"),
             head_epochs=epochs,
             frozen=True,
             shared_epochs=False,
+            augmented=augmented,
             start=f"{start.replace(', ', '-').replace(' ', '_')}/model",
         )
         for start in ("with adapters, spread sizes", "with adapters, convolutions, spread sizes")
-        for number, pairs, longer, epochs in (
-            ("four", 4, "", 4),  # `refinement_recipe`
-            ("four", 4, ", 8 epochs", 8),
-            ("sixteen", 16, "", 4),
+        for more, pairs, epochs, augmented in (
+            ("four pairs", 4, 4, True),  # `refinement_recipe`
+            ("four pairs, without augmentation", 4, 4, False),
+            ("four pairs, 8 epochs", 4, 8, True),
+            ("four pairs, 8 epochs without augmentation", 4, 8, False),
+            ("sixteen pairs", 16, 4, True),
         )
     },
     "with adapters, four pairs, then the head alone": Recipe(
