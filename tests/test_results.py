@@ -337,14 +337,10 @@ CIFAR10 = (
         "with_adapters-convolutions-spread_sizes-then_the_head_alone-four_pairs",
     ),
     (
-        "ConvNeXt, frozen, four such pairs, then sixteen of spread sizes, larger head, 60 more epochs",
+        "ConvNeXt, frozen, larger head, more pairs, all of spread sizes, 24 more epochs",
         "convnext_fine_tuned_8_epochs",
-        "plain-then_frozen_with_adapters-four_own_layers-sixteen_spread_pairs_for_the_last_20_of_52_epochs",
-    ),
-    (
-        "ConvNeXt, frozen, four pairs, then sixty-four, all of spread sizes, larger head, 18 more epochs",
-        "convnext_fine_tuned_8_epochs",
-        "plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs-then_sixty-four_for_10_epochs",
+        "plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs-then_sixty-four_for_10_epochs"
+        "-sixteen_without_augmentation_for_6",
     ),
 )
 
