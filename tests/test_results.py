@@ -312,6 +312,11 @@ CIFAR10 = (
         "with_adapters-spread_sizes-then_the_head_alone-four_pairs",
     ),
     (
+        "ViT, 8 epochs of it without augmentation, after one of these",
+        "vit_fine_tuned_8_epochs",
+        "with_adapters-spread_sizes-then_the_head_alone-four_pairs-8_epochs_without_augmentation",
+    ),
+    (
         "ViT, four pairs of the kernel's coalition sizes, then 4 epochs of the head alone",
         "vit_fine_tuned_8_epochs*",
         "with_adapters-four_pairs-then_the_head_alone",
@@ -393,7 +398,7 @@ def test_the_recommended_recipe_is_one_that_was_measured(backbone, name, least):
 
 def test_the_refinement_recipe_is_one_that_was_measured():
     for backbone, name, least in (
-        ("vit", "with_adapters-spread_sizes-then_the_head_alone-four_pairs", 2),
+        ("vit", "with_adapters-spread_sizes-then_the_head_alone-four_pairs", 3),
         ("convnext", "with_adapters-convolutions-spread_sizes-then_the_head_alone-four_pairs", 2),
     ):
         runs = runs_of("*", name, backbone)

@@ -64,7 +64,8 @@ def refinement_recipe(learning_rate: float = 5e-5) -> dict[str, Any]:
         model.freeze_classifier(adapters=True)
         args = ShapleyTrainingArguments("refined", num_train_epochs=4, **refinement_recipe(learning_rate=5e-5))
 
-    Nothing else has a gradient, so a step shows the head many more coalitions of each image.
+    Nothing else has a gradient, so a step shows the head many more coalitions of each image. Images without
+    augmentation, as they will be asked about, bring it closer.
 
     Args:
         learning_rate: as for `fine_tuning_recipe`; the head learns at eight times that here too.
