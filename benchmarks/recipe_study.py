@@ -265,7 +265,6 @@ RECIPES = {
         for start in ("with adapters, spread sizes", "with adapters, convolutions, spread sizes")
         for more, pairs, epochs, augmented in (
             ("four pairs", 4, 4, True),  # `refinement_recipe`
-            ("four pairs, without augmentation", 4, 4, False),
             ("four pairs, 8 epochs", 4, 8, True),
             ("four pairs, 8 epochs without augmentation", 4, 8, False),
             ("sixteen pairs", 16, 4, True),
