@@ -215,25 +215,24 @@ RECIPES = {
             head_epochs=epochs,
             frozen=True,
             shared_epochs=False,
+            augmented=augmented,
             start=f"plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs{start}/model",
         )
-        for more, pairs, epochs, rate, start in (
-            ("sixteen for 24 epochs", 16, 24, 4e-3, ""),
-            ("sixty-four for 10 epochs", 64, 10, 4e-3, ""),
-            # Many steps again, where the one above has many pairs.
-            ("sixty-four for 10 epochs, four for 20", 4, 20, 2e-3, "-then_sixty-four_for_10_epochs"),
+        for more, pairs, epochs, rate, augmented, start in (
+            ("sixteen for 24 epochs", 16, 24, 4e-3, True, ""),
+            ("sixty-four for 10 epochs", 64, 10, 4e-3, True, ""),
+            # The one above goes on: with many steps again, where it has many pairs, or with images as in the test.
+            ("sixty-four for 10 epochs, four for 20", 4, 20, 2e-3, True, "-then_sixty-four_for_10_epochs"),
+            (
+                "sixty-four for 10 epochs, sixteen without augmentation for 6",
+                16,
+                6,
+                1e-3,
+                False,
+                "-then_sixty-four_for_10_epochs",
+            ),
         )
     },
-    "plain, then frozen with adapters, four own layers, four spread pairs, then sixty-four for 10 epochs, sixteen "
-    "without augmentation for 6": Recipe(
-        ADAPTERS | dict(num_pairs=16, coalition_sizes="spread", attribution_learning_rate=1e-3),
-        _pooled(influence_own_layers=4, coalition_adapter_size=64),
-        head_epochs=6,
-        frozen=True,
-        shared_epochs=False,
-        augmented=False,
-        start="plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs-then_sixty-four_for_10_epochs/model",
-    ),
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
     # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
     # one thing each.

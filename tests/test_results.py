@@ -263,6 +263,9 @@ def test_the_comparison_on_cifar10_is_that_of_its_result_file(name, title):
     most = max(method["evaluations"] for method in found["methods"].values())
     amount = f"more than {most}" if equivalent is None else f"about {equivalent:.0f}"
     assert f"KernelSHAP needs {amount} evaluations" in section
+    if equivalent is None:
+        errors = (found["methods"][name]["error_ratio"] for name in (f"KernelSHAP {most}", "ours, one pass"))
+        assert "there its error is {:.3f}, ours {:.3f}".format(*errors) in " ".join(section.split())
     assert f"{found['noise_of_ground_truth']:.1e} of the variance" in " ".join(section.split())
     assert f"{found['images']} test images" in page
     gain = found["insertion_minus_deletion_gain_over_it"]
