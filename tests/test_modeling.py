@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CONVNEXT, VIT, make_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -16,6 +17,7 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_shapley import (
@@ -29,6 +31,7 @@ from hf_shapley import (
     sample_coalitions,
     upsample_attributions,
 )
+from hf_shapley.attribution_head import activated
 from hf_shapley.coalitions import sum_over_coalitions
 from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
 
@@ -517,6 +520,46 @@ def test_hooks_of_a_layers_parts_act_on_coalitions_too(pixel_values):
             torch.testing.assert_close(hooked, model(pixel_values, ids).coalition_votes, atol=1e-6, rtol=1e-5)
         handle.remove()
         assert (hooked - found).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+def test_hooks_keep_what_they_saw_where_nothing_is_learned(backbone, pixel_values):
+    model = make_model(backbone)
+    seen = []
+    for layer in model.vit.layers if backbone == "vit" else model.convnext.encoder.stages[1].layers:
+        part = layer.mlp.fc1 if backbone == "vit" else layer.pwconv1
+        part.register_forward_hook(lambda part, inputs, output: seen.append((part, inputs[0].clone(), output)))
+    with torch.no_grad():
+        model(pixel_values, coalitions_to_ids(draw()))
+        assert len(seen) > 2
+        for part, given, output in seen:
+            torch.testing.assert_close(output, nn.functional.linear(given, part.weight, part.bias), rtol=0, atol=0)
+
+
+def test_an_activation_takes_no_memory_of_its_own_where_nothing_else_needs_its_input():
+    gelu, linear, given = ACT2FN["gelu"], nn.Linear(4, 8), torch.linspace(-2, 2, 4)
+    with torch.no_grad():
+
+        def in_place(act=gelu, source=linear):
+            hidden = linear(given)
+            expected = act(hidden)
+            result = activated(act, hidden, source)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+            return result.data_ptr() == hidden.data_ptr()
+
+        assert in_place()
+        assert not in_place(act=ACT2FN["relu"])
+        assert not in_place(source=nn.Sequential(linear))
+        for module in (gelu, linear):
+            for register in (module.register_forward_hook, module.register_forward_pre_hook):
+                handle = register(lambda *_: None)
+                assert not in_place()
+                handle.remove()
+        handle = register_module_forward_hook(lambda *_: None)
+        assert not in_place()
+        handle.remove()
+        assert in_place()
+    assert not in_place()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

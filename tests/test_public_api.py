@@ -17,6 +17,7 @@ INTERNAL = {
         "ShapleyImageClassifierMixin",
         "ZeroLinear",
         "absent_shares",
+        "activated",
         "check_grid",
         "coalition_adapters",
         "dtype_of_products",
@@ -35,7 +36,7 @@ INTERNAL = {
     "interoperability": {"ImageGame"},
     "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
     "modeling_shapley_convnext": {"DepthwiseConv2d", "InfluenceConvNextLayer", "ShapleyConvNextLayer"},
-    "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer"},
+    "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP"},
     "pipeline_shapley": {"custom_pipelines"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}

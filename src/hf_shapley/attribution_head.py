@@ -5,6 +5,7 @@ v(S) = base + sum_{n in S} Phi_n(x_S); the logits are v(all), and the attributio
 construction.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,12 +63,29 @@ def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
     return detached if scale == 0 else detached + scale * (tensor - detached)
 
 
+def _is_alone(module: nn.Module) -> bool:
+    """Whether the module is nothing but its class's forward: no hook sees what it takes or gives."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
+    return not (hooks or "forward" in vars(module))
+
+
+def activated(act: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
+    """`act(hidden)`, in place where it is GELU and nothing else needs `hidden`, which the linear layer `source` made.
+
+    The hidden tensor is the largest of a layer: to touch new memory of its size takes a CPU longer than GELU does.
+    """
+    known = getattr(act, "act", None) is nn.functional.gelu and type(source) is nn.Linear
+    if hidden.requires_grad or torch.compiler.is_compiling() or not (known and _is_alone(act) and _is_alone(source)):
+        return act(hidden)
+    return torch.ops.aten.gelu_(hidden)
+
+
 def learning_less(module: nn.Module, share: float) -> Callable:
     """The module as a function whose weights get `share` of their gradient; its input still gets all of its own."""
     if share == 1 or not torch.is_grad_enabled() or not any(weight.requires_grad for weight in module.parameters()):
         return module
     weights = {name: scale_gradient(weight, share) for name, weight in module.named_parameters()}
-    if not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+    if _is_alone(module):
         # The same. To exchange a module's weights takes the host longer than to launch its kernel.
         if type(module) is nn.Linear:
             return partial(nn.functional.linear, **weights)
@@ -100,7 +118,7 @@ class ResidualMLP(nn.Module):
         self.fc2 = ZeroLinear(4 * hidden_size, hidden_size)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return tokens + self.fc2(self.act(self.fc1(self.norm(tokens))))
+        return tokens + self.fc2(activated(self.act, self.fc1(self.norm(tokens)), self.fc1))
 
 
 class NarrowConvolution(nn.Module):
@@ -695,7 +713,7 @@ class ShapleyImageClassifierMixin:
         # Elsewhere than on the CPU the check would make the host wait in every training step.
         checked = (check_values or pixel_values.device.type == "cpu") and not torch.compiler.is_compiling()
         # NaN is both extremes; asking each pixel takes 20 times as long, which a small model's forward feels.
-        if checked and not all(extreme.isfinite() for extreme in torch.aminmax(pixel_values)):
+        if checked and not all(math.isfinite(extreme) for extreme in torch.aminmax(pixel_values.detach())):
             raise ValueError(
                 "`pixel_values` must be finite, got NaN or infinity: check the image and its normalisation."
             )

@@ -15,6 +15,7 @@ from .attribution_head import (
     AttributionHead,
     ShapleyImageClassifierMixin,
     absent_shares,
+    activated,
     check_grid,
     coalition_adapters,
     dtype_of_products,
@@ -108,20 +109,25 @@ class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
             share: with masks, of the gradient that reaches the weights.
         """
         if masks is None:
-            return super().forward(features)
-        apart, together = _Apart.apply, _Together.apply
-        if not torch.is_grad_enabled():  # to apply a function takes the host longer than to launch its kernel
-            apart, together = _Apart.forward, _Together.forward
-        # Channels last, as in the stock layer: there the convolution's weight gradient is up to 3 times cheaper.
-        features = features.contiguous(memory_format=torch.channels_last)
-        hidden = apart(features.permute(0, 2, 3, 1).to(masks.dtype), masks)  # (B, G, H, W, C)
-        hidden = learning_less(self.dwconv, share)(hidden.flatten(0, 1).permute(0, 3, 1, 2))
-        hidden = together(hidden.permute(0, 2, 3, 1).unflatten(0, masks.shape[:2]), masks)  # (B, H, W, C)
-        hidden = learning_less(self.layernorm, share)(hidden)
-        hidden = learning_less(self.pwconv2, share)(self.act(learning_less(self.pwconv1, share)(hidden)))
+            mixed = self.dwconv(features).permute(0, 2, 3, 1)  # (B, H, W, C)
+        else:
+            # Channels last, as in the stock layer: there the convolution's weight gradient is up to 3 times cheaper.
+            features = features.contiguous(memory_format=torch.channels_last)
+            mixed = self._mix_apart(features, masks, share)
+        hidden = learning_less(self.pwconv1, share)(learning_less(self.layernorm, share)(mixed))
+        hidden = learning_less(self.pwconv2, share)(activated(self.act, hidden, self.pwconv1))
         if self.layer_scale_parameter is not None:
             hidden = scale_gradient(self.layer_scale_parameter, share) * hidden
         return features + self.drop_path(hidden.permute(0, 3, 1, 2))
+
+    def _mix_apart(self, features: Tensor, masks: Tensor, share: float) -> Tensor:
+        """The depthwise convolution with coalitions kept apart: (B, C, H, W), (B, G, H, W, 1) -> (B, H, W, C)."""
+        apart, together = _Apart.apply, _Together.apply
+        if not torch.is_grad_enabled():  # to apply a function takes the host longer than to launch its kernel
+            apart, together = _Apart.forward, _Together.forward
+        hidden = apart(features.permute(0, 2, 3, 1).to(masks.dtype), masks)  # (B, G, H, W, C)
+        hidden = learning_less(self.dwconv, share)(hidden.flatten(0, 1).permute(0, 3, 1, 2))
+        return together(hidden.permute(0, 2, 3, 1).unflatten(0, masks.shape[:2]), masks)
 
 
 class InfluenceConvNextLayer(ShapleyConvNextLayer):

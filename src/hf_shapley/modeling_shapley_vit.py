@@ -6,12 +6,19 @@ import torch
 from torch import Tensor, cat, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.vit.modeling_vit import ViTLayer, ViTModel, ViTPreTrainedModel, eager_attention_forward
+from transformers.models.vit.modeling_vit import (
+    ViTLayer,
+    ViTMLP,
+    ViTModel,
+    ViTPreTrainedModel,
+    eager_attention_forward,
+)
 
 from .attribution_head import (
     AttributionHead,
     ShapleyImageClassifierMixin,
     absent_shares,
+    activated,
     check_grid,
     coalition_adapters,
     dtype_of_products,
@@ -22,6 +29,13 @@ from .configuration_shapley import ShapleyViTConfig
 
 # What can hide players from each other; others would ignore the mask, and hidden pixels would leak.
 MASKING_BACKENDS = ("eager", "sdpa", "flex_attention")
+
+
+class ShapleyViTMLP(ViTMLP):
+    """The stock MLP, with less memory where nothing is learned."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(activated(self.activation_fn, self.fc1(hidden_states), self.fc1))
 
 
 class ShapleyViTLayer(ViTLayer):
@@ -141,6 +155,9 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.attribution_head = AttributionHead(config, config.hidden_size, lambda: InfluenceViTLayer(config))
         self.coalition_adapters = coalition_adapters(config, [config.hidden_size] * config.num_hidden_layers)
+        for module in self.modules():
+            if type(module) is ViTMLP:
+                module.__class__ = ShapleyViTMLP
         self.post_init()
 
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
