@@ -177,6 +177,13 @@ def interleave(
     return times
 
 
+def pool(times: dict[str, dict[str, list[float]]], more: dict[str, dict[str, list[float]]]) -> None:
+    """Add the rounds of another start of the same processes: where their memory lies, and so their cost, differs."""
+    for name, clocks in more.items():
+        for clock, seconds in clocks.items():
+            times.setdefault(name, {}).setdefault(clock, []).extend(seconds)
+
+
 def compare(times: dict[str, dict[str, list[float]]], baseline: str) -> dict[str, dict[str, float]]:
     """Medians in milliseconds and, against the baseline, the median over rounds of the ratio within a round.
 

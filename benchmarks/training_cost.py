@@ -1,8 +1,9 @@
 """Cost of a joint training step (full image, one pair of coalitions, Shapley regression) against a plain one.
 
-Both are forward, backward and AdamW step on the same images, timed in turn. The joint step is the trainer's own.
+Both are forward, backward and AdamW step on the same images, timed in turn, each in a process of its own; these are
+started several times. The joint step is the trainer's own.
 
-    python benchmarks/training_cost.py --models vit-tiny convnext-tiny --repeats 15
+    python benchmarks/training_cost.py --models vit-tiny convnext-tiny --repeats 5 --starts 3
 """
 
 import argparse
@@ -18,6 +19,7 @@ from common import (
     compare,
     interleave,
     own_processes,
+    pool,
     print_table,
     timed_there,
     write_result,
@@ -105,13 +107,15 @@ def prepare(shape: str, name: str, batch_size: int, threads: int, folder: str) -
     STEP["step"] = joint_step(model, inputs, folder, **args)
 
 
-def measure(shape: str, name: str, batch_size: int, repeats: int, threads: int) -> dict[str, dict[str, float]]:
+def measure(shape: str, name: str, batch_size: int, repeats: int, starts: int, threads: int) -> dict[str, dict]:
     """Time the plain step and a joint one in turn."""
-    with tempfile.TemporaryDirectory() as folder, own_processes(["plain", name]) as processes:
-        for kind, process in processes.items():
-            process.submit(prepare, shape, kind, batch_size, threads, folder).result()
-        # A process takes its memory over the first steps.
-        times = interleave(processes, repeats=repeats, warmup=4, clock=timed_there)
+    times: dict = {}
+    for _ in range(starts):
+        with tempfile.TemporaryDirectory() as folder, own_processes(["plain", name]) as processes:
+            for kind, process in processes.items():
+                process.submit(prepare, shape, kind, batch_size, threads, folder).result()
+            # A process takes its memory over the first steps.
+            pool(times, interleave(processes, repeats=repeats, warmup=4, clock=timed_there))
     every = VARIANTS.get(name, ({}, {}))[0].get("shapley_every", 1)
     times[name] = {clock: [t / every for t in seconds] for clock, seconds in times[name].items()}
     return compare(times, "plain")
@@ -121,7 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["vit-tiny", "convnext-tiny"])
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=3, help="of the processes; each repeats so often")
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS, *RECOMMENDED], choices=[*VARIANTS, *RECOMMENDED])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=RESULTS / "training_cost.json")
@@ -131,14 +136,20 @@ def main() -> None:
     for shape in args.models:
         tables[shape] = {}
         for name in args.variants:
-            pair = measure(shape, name, args.batch_size, args.repeats, args.threads)
+            pair = measure(shape, name, args.batch_size, args.repeats, args.starts, args.threads)
             tables[shape].setdefault("plain", pair["plain"])
             tables[shape][name] = pair[name] | {"plain_wall_ms": pair["plain"]["wall_ms"]}
         goal = GOALS[shape.split("-")[0]]
         print_table(
             f"{shape}, batch {args.batch_size}, 224 x 224 (goal of the joint step: at most {goal}x)", tables[shape]
         )
-    settings = {"batch_size": args.batch_size, "image_size": 224, "repeats": args.repeats, "goals": GOALS}
+    settings = {
+        "batch_size": args.batch_size,
+        "image_size": 224,
+        "repeats": args.repeats,
+        "starts": args.starts,
+        "goals": GOALS,
+    }
     write_result(args.output, {"settings": settings, "models": tables})
 
 
