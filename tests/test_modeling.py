@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CONVNEXT, VIT, make_model
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -550,14 +550,12 @@ def test_an_activation_takes_no_memory_of_its_own_where_nothing_else_needs_its_i
         assert in_place()
         assert not in_place(act=ACT2FN["relu"])
         assert not in_place(source=nn.Sequential(linear))
-        for module in (gelu, linear):
-            for register in (module.register_forward_hook, module.register_forward_pre_hook):
-                handle = register(lambda *_: None)
-                assert not in_place()
-                handle.remove()
-        handle = register_module_forward_hook(lambda *_: None)
-        assert not in_place()
-        handle.remove()
+        parts = (gelu, linear)
+        own = [kind for part in parts for kind in (part.register_forward_hook, part.register_forward_pre_hook)]
+        for register in [*own, register_module_forward_hook, register_module_forward_pre_hook]:
+            handle = register(lambda *_: None)
+            assert not in_place()
+            handle.remove()
         assert in_place()
     assert not in_place()
 

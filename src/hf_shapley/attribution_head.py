@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -65,8 +66,8 @@ def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
 
 def _is_alone(module: nn.Module) -> bool:
     """Whether the module is nothing but its class's forward: no hook sees what it takes or gives."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
-    return not (hooks or "forward" in vars(module))
+    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
+    return not (any(hooks) or "forward" in vars(module))
 
 
 def activated(act: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
