@@ -156,17 +156,25 @@ def test_what_compiling_and_large_batches_do_on_a_gpu_is_in_result_files():
 
 
 def test_the_page_on_fine_tuning_says_what_keeping_memory_saves():
-    def seconds(name: str, variant: str) -> str:
+    def both(shape: str, name: str, variant: str) -> list[float]:
         rows = (
-            json.loads((RESULTS / f"{name}{kept}.json").read_text())["models"]["convnext-tiny"][variant]
+            json.loads((RESULTS / f"{name}{kept}.json").read_text())["models"][shape][variant]
             for kept in ("", "_memory_kept")
         )
-        return " and ".join(f"{row['wall_ms'] / 1000:.2f}" for row in rows)
+        return [row["wall_ms"] for row in rows]
+
+    def seconds(name: str, variant: str) -> str:
+        return " and ".join(f"{wall / 1000:.2f}" for wall in both("convnext-tiny", name, variant))
+
+    def milliseconds(variant: str) -> str:
+        return " and ".join(f"{wall:,.0f}" for wall in both("vit-tiny", "training_cost", variant))
 
     page = " ".join((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8").split())
     assert f"a plain step took {seconds('training_cost', 'plain')} s" in page
     assert f"`fine_tuning_recipe` {seconds('training_cost_fine_tuning', 'fine_tuning_recipe')} s" in page
     assert f"every default {seconds('training_cost', 'joint')} s" in page
+    assert f"ViT-Ti/16 gains less: a plain step took {milliseconds('plain')} ms" in page
+    assert f"every default {milliseconds('joint')}." in page
 
 
 def test_the_page_on_reliability_says_what_its_result_files_say():
