@@ -13,12 +13,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "hf_shapley"
 LAYERS = {
     0: ["checks", "configuration_shapley", "coalitions", "checkpoints", "files", "version", "images", "visualization"],
     # A model saves the pipeline's code with its own.
-    1: ["attribution_head", "losses", "estimators", "pipeline_shapley", "recipes"],
+    1: ["posterior", "attribution_head", "losses", "estimators", "pipeline_shapley", "recipes"],
     2: ["modeling_shapley_vit", "modeling_shapley_convnext"],
     3: [
         "trainer",
         "metrics",
         "metrics_evaluate",
+        "refinement",
         "certificate",
         "model_card",
         "interoperability",
@@ -42,6 +43,7 @@ HUB_FILES = {
     "configuration_shapley",
     "coalitions",
     "attribution_head",
+    "posterior",
     "modeling_shapley_vit",
     "modeling_shapley_convnext",
     "pipeline_shapley",

@@ -19,6 +19,7 @@ from hf_shapley import (
     coalitions_to_ids,
     fine_tuning_recipe,
     importance_weights,
+    paired_residual_loss,
     refinement_recipe,
     sample_coalitions,
 )
@@ -59,7 +60,13 @@ def logged(trainer, name: str) -> list[float]:
 def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
     """L = CE + coalition_weight * mean w CE(v, p) + shapley_weight * N * mean w (v - base - sum phi)^2, slowly."""
     model = make_model(backbone, attribution_head="votes+influence").train()
-    options = {"coalition_weight": 0.5, "shapley_weight": 2.0, "num_pairs": 2, "coalition_sizes": sizes}
+    options = {
+        "coalition_weight": 0.5,
+        "shapley_weight": 2.0,
+        "num_pairs": 2,
+        "readout_weight": 0.3,
+        "coalition_sizes": sizes,
+    }
     trainer = make_trainer(tmp_path, model, per_device_train_batch_size=4, **options)
     trainer.current_gradient_accumulation_steps = 1
     batch = batch_of(images(4))
@@ -85,7 +92,27 @@ def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
     torch.testing.assert_close(terms["coalition"], torch.stack(coalition).mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(terms["shapley"], torch.stack(shapley).mean(), atol=1e-5, rtol=1e-4)
     assert all(term > 0 for term in terms.values())
-    torch.testing.assert_close(loss, terms["classification"] + 0.5 * terms["coalition"] + 2.0 * terms["shapley"])
+    regression = terms["shapley"] + 0.3 * terms["readout"]
+    torch.testing.assert_close(loss, terms["classification"] + 0.5 * terms["coalition"] + 2.0 * regression)
+
+
+def test_the_readout_term_averages_over_directions(backbone, tmp_path):
+    """It is the mean, over random directions in place of the classifier's weights, of the Shapley term's odd part."""
+    model = make_model(backbone, attribution_head="votes+influence", vote_readout="pooled")
+    trainer = make_trainer(tmp_path, model)
+    batch = batch_of(images(2))
+    coalitions = sample_coalitions(2, 3, num_players=24, generator=torch.Generator().manual_seed(0))
+    sums = model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+    found = trainer.loss_terms(sums, 24, batch["labels"])["readout"]
+    weight = model.classifier.weight.data
+    length = weight.square().sum(-1).mean().sqrt()
+    terms = []
+    for direction in torch.eye(weight.shape[1]):  # the mean over an orthonormal basis is that over all directions
+        weight.copy_(length * direction.expand_as(weight))
+        played = model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+        residuals = played.coalition_gains - played.coalition_attributions
+        terms.append(paired_residual_loss(residuals, 24, even_weight=0.0))
+    torch.testing.assert_close(found, torch.stack(terms).mean(), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
@@ -215,7 +242,7 @@ def test_the_shapley_term_leaves_detached_votes_alone(tmp_path):
     config = {"attribution_head": "votes+influence", "influence_gradient": 0.0}
     found = gradients(tmp_path, value_gradient=0.0, config=config)
     reached = {name for name, gradient in found.items() if gradient.abs().max() > 0}
-    assert reached and all(name.startswith("attribution_head.influence") for name in reached)
+    assert reached and all(name.startswith("attribution_head.") for name in reached)
     # With the gradient through the values, classifier and backbone learn too.
     assert gradients(tmp_path, value_gradient=1.0, config=config)["classifier.weight"].abs().max() > 0
 
@@ -242,7 +269,7 @@ def test_with_the_recommended_recipe_the_labels_alone_teach_the_classifier(backb
     for name in joint.keys() - own:
         torch.testing.assert_close(joint[name], plain[name], atol=1e-7, rtol=1e-5)
     assert joint.keys() - own == plain.keys()
-    assert all(joint[name].any() for name in own if name.endswith(("up.weight", "influence.weight")))
+    assert all(joint[name].any() for name in own if name.endswith(("up.weight", "correction.weight")))
 
 
 def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):
@@ -268,7 +295,7 @@ def test_the_head_may_learn_on_alone(backbone, tmp_path):
     options = {"coalition_weight": 0.0, "value_gradient": 0.0, "attribution_learning_rate": 1e-2}
     make_trainer(tmp_path, model, num_pairs=2, **options).train()
     learned = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert "attribution_head.influence.weight" in learned
+    assert "attribution_head.correction.weight" in learned
     assert all(name.startswith("attribution_head.") for name in learned)
 
 

@@ -63,6 +63,7 @@ from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .recipes import fine_tuning_recipe, refinement_recipe
+from .refinement import refine
 from .version import __version__
 from .visualization import (
     attribution_figure,
@@ -164,6 +165,7 @@ __all__ = [
     "processor_geometry",
     "push_to_hub",
     "ranked_coalitions",
+    "refine",
     "refinement_recipe",
     "render_model_card",
     "sample_coalitions",

@@ -1,8 +1,9 @@
-"""From patch tokens to votes, attributions and logits; shared by every backbone.
+"""From patch tokens to readouts, values and attributions; shared by every backbone.
 
-Each present patch n votes Phi_n(x_S) in R^K, already divided by the number of players N. The value of a coalition is
-v(S) = base + sum_{n in S} Phi_n(x_S); the logits are v(all), and the attributions sum to v(all) - v(empty) by
-construction.
+Of a coalition S the classifier reads z_S in R^D, its readout: what the stock model reads of the present patches, or
+the sum of the present patches' tokens over the number of players N. The value is v(S) = W z_S + b with W and b of the
+classifier; the logits are v(all). Shapley values are linear in the game, so they are learned once, for the readout:
+phi = Phi W' with Phi (N, D), and the attributions sum to v(all) - v(empty) by construction.
 """
 
 import math
@@ -10,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,21 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import ModelOutput, cached_file
 from transformers.utils.generic import can_return_tuple
 
 from .checks import check_count, check_device, check_floats, check_label_ids, check_pair, describe, known_labels
-from .coalitions import check_coalitions, coalitions_to_ids, ids_to_coalitions, sum_over_coalitions
+from .coalitions import (
+    check_coalitions,
+    coalitions_to_ids,
+    ids_to_coalitions,
+    sum_over_coalitions,
+)
+from .posterior import ShapleyPosterior, coalitions_to_ask, shapley_posterior
+
+# The last layer of the influence head, and what it was called when each label had weights of its own.
+TIED, UNTIED = "attribution_head.correction.weight", "attribution_head.influence.weight"
 
 
 @dataclass
@@ -40,6 +51,8 @@ class ShapleyImageClassifierOutput(ModelOutput):
             `coalition_ids` (B', R, N) were given.
         coalition_gains: (B', R, G, K), float32: v(S) - v(empty) of each coalition; with `sums_only`.
         coalition_attributions: (B', R, G, K), float32: attributions summed over each coalition; with `sums_only`.
+        readout_errors: (B', R, G, D), float32: what the readout of each coalition gains over the empty one's, less the
+            sum of the readout's attributions over it; the gradient is the attribution head's alone; with `sums_only`.
         hidden_states: the backbone's, when asked for.
         attentions: the backbone's, when asked for (ViT).
     """
@@ -52,8 +65,21 @@ class ShapleyImageClassifierOutput(ModelOutput):
     coalition_votes: Tensor | None = None
     coalition_gains: Tensor | None = None
     coalition_attributions: Tensor | None = None
+    readout_errors: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+class _Reading(NamedTuple):
+    """What a forward reads of the full images and of no player at all."""
+
+    tokens: Tensor  # of the players, for the influence head: (B, N, D)
+    voting: Tensor  # (B, N, D), or (B, 1, D) with `vote_readout="pooled"`
+    readout_gains: Tensor  # z_all - z_empty, (B, D)
+    gains: Tensor  # v(all) - v(empty), (B, K)
+    empty: Tensor  # z_empty, (D)
+    base_values: Tensor  # v(empty), (K)
+    grid: tuple[int, int]
 
 
 def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
@@ -171,10 +197,14 @@ class CoalitionAdapter(nn.Module):
 
 
 class AttributionHead(nn.Module):
-    """Patch tokens to votes and, with "votes+influence", to attributions that differ from votes by a zero-sum term.
+    """Patch tokens to the Shapley values Phi (N, D) of the readout, up to the even share that makes their sum exact.
+
+    Player i has an N-th of z_all - z_empty, plus a term that sums to zero over the players: with "votes" what sets its
+    own token apart from the mean, with "votes+influence" a correction on top, which this head reads from the tokens.
+    The classifier's weights make attributions of it, for any label: nothing here knows the labels.
 
     Exactly, the Shapley value of player i is the mean of its own vote over the coalitions that hold it, plus the mean
-    of its influence on the votes of others. The second part is what the influence term learns.
+    of its influence on the votes of others. The second part is what the correction learns.
 
     Args:
         config: a Shapley configuration.
@@ -186,6 +216,7 @@ class AttributionHead(nn.Module):
     def __init__(self, config: PreTrainedConfig, hidden_size: int, make_block: Callable[[], nn.Module]):
         super().__init__()
         config.check_head()
+        self.hidden_size = hidden_size
         self.pooled = config.vote_readout == "pooled"
         self.vote_gradient = config.vote_gradient
         if self.vote_gradient is None:
@@ -195,7 +226,7 @@ class AttributionHead(nn.Module):
         self.vote_blocks = nn.ModuleList(
             ResidualMLP(hidden_size, config.hidden_act) for _ in range(config.vote_layers)
         )
-        self.influence = None
+        self.correction = None
         self.own_layers = 0
         if config.attribution_head == "votes+influence":
             self.own_layers = config.influence_own_layers
@@ -207,58 +238,55 @@ class AttributionHead(nn.Module):
                 kind(hidden_size, config.hidden_act) if kind else make_block() for _ in range(config.influence_layers)
             )
             self.influence_norm = nn.LayerNorm(hidden_size)
-            self.influence = ZeroLinear(hidden_size, config.num_labels, bias=False)
-
-    def voters(self, tokens: Tensor, members: Tensor, empty: Tensor | None, share: float = 1.0) -> Tensor:
-        """What the classifier reads for each player.
-
-        Args:
-            tokens: of the players, (..., N, D); with `vote_readout="pooled"` one per coalition, (..., G, D).
-            members: bool (..., G, N), True = member.
-            empty: with "pooled", what `vote_tokens` makes of the empty coalition's token, (D).
-            share: of the gradient, what the weights and `empty` get.
-
-        Returns:
-            (..., N, D).
-        """
-        tokens = self.vote_tokens(tokens, share)
-        return tokens if empty is None else share_evenly(tokens - scale_gradient(empty, share), members)
+            self.correction = ZeroLinear(hidden_size, hidden_size, bias=False)
 
     def vote_tokens(self, tokens: Tensor, share: float = 1.0) -> Tensor:
-        """Tokens as the classifier reads them: (..., D) -> (..., D)."""
+        """Tokens as the classifier reads them, (..., D) -> (..., D); the weights get `share` of the gradient."""
         for block in self.vote_blocks:
             tokens = learning_less(block, share)(tokens)
         return tokens
 
-    def attributions(
-        self, tokens: Tensor, votes: Tensor, grid: tuple[int, int], labels: Tensor | None = None
-    ) -> Tensor:
-        """Votes of the full image, plus the influence term where there is one.
+    def readouts(self, tokens: Tensor, members: Tensor, empty: Tensor) -> Tensor:
+        """What the classifier reads of coalitions.
 
         Args:
-            tokens: of the players, (B, N, D).
-            votes: of every label, (B, N, K), or of some, (B, N, L).
-            grid: (h, w) of the players.
-            labels: those labels' ids, (B, L).
+            tokens: that vote, of the players, (..., N, D); "pooled" of the coalitions, (..., G, D).
+            members: bool (..., G, N), True = member.
+            empty: readout of the empty coalition, (D).
 
         Returns:
-            As `votes`.
+            (..., G, D), at least float32.
         """
-        votes = scale_gradient(votes, self.vote_gradient)
-        if self.influence is None:
-            return votes
-        influence = linear_of(self._influence_tokens(tokens, grid), self.influence.weight, labels).float()
-        influence.div_(tokens.shape[-2])  # in place: with many labels this is the largest tensor of a forward
-        return influence.sub_(influence.mean(dim=-2, keepdim=True)).add_(votes)
+        if not self.pooled:
+            return sum_over_coalitions(members, tokens) / members.shape[-1]
+        present = members.any(dim=-1, keepdim=True)  # a coalition without members has tokens, which read themselves
+        return torch.where(present, at_least_float32(tokens), empty)
 
-    def attribution_sums(self, tokens: Tensor, vote_sums: Tensor, coalitions: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Attributions summed over coalitions: tokens (B, N, D), sums (B, M, K), bool (B, M, N) -> (B, M, K)."""
-        vote_sums = scale_gradient(vote_sums, self.vote_gradient)
-        if self.influence is None:
-            return vote_sums
-        tokens = self._influence_tokens(tokens, grid).float()  # half precision would leave a sum that is not 0
-        tokens = tokens - tokens.mean(dim=-2, keepdim=True)
-        return vote_sums + sums_of_linear(tokens, coalitions, self.influence.weight) / tokens.shape[-2]
+    def deviations(self, tokens: Tensor, voting: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What sets players apart: N times Phi_i is this less its mean over players, plus z_all - z_empty.
+
+        Args:
+            tokens: of the players, that the influence head reads, (B, N, D).
+            voting: tokens that vote, (B, N, D), or (B, 1, D) with `vote_readout="pooled"`.
+            grid: (h, w) of the players.
+
+        Returns:
+            (B, N, D).
+        """
+        parts = [] if self.pooled else [scale_gradient(voting, self.vote_gradient)]
+        if self.correction is not None:
+            parts.append(self.correction(self._influence_tokens(tokens, grid)))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def deviation_sums(self, tokens: Tensor, voting: Tensor, coalitions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`deviations` less their mean, summed over coalitions bool (B, M, N): (B, M, D), at least float32.
+
+        Sums first and maps then, which costs less than the other way round.
+        """
+        parts = [] if self.pooled else [sums_of_centred(scale_gradient(voting, self.vote_gradient), coalitions)]
+        if self.correction is not None:
+            parts.append(mapped(self.correction, sums_of_centred(self._influence_tokens(tokens, grid), coalitions)))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def copy_layers(self, layers: Sequence[nn.Module], norm: nn.Module) -> None:
         """Start the influence head's own layers and norm as copies of the backbone's last ones."""
@@ -306,39 +334,72 @@ def absent_shares(members: Tensor, coalition_ids: Tensor, dtype: torch.dtype) ->
     return absent, absent.gather(1, coalition_ids.flatten(0, 1).unsqueeze(-1))
 
 
-def share_evenly(pooled: Tensor, members: Tensor) -> Tensor:
-    """Give each member N / size times its coalition's token: (..., G, D), bool (..., G, N) -> (..., N, D), float32.
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as float32; wider types as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
-    Summed over the members and divided by N it is that token again; an empty coalition's is lost.
-    """
+
+def share_evenly(gains: Tensor, members: Tensor) -> Tensor:
+    """Give each member N / size times what its coalition gains: (..., G, D), bool (..., G, N) -> (..., N, D)."""
     shares = members.shape[-1] / members.sum(-1).clamp(min=1)  # (..., G)
-    with torch.autocast(pooled.device.type, enabled=False):
-        return (members * shares.unsqueeze(-1)).transpose(-1, -2) @ pooled.float()
+    with torch.autocast(gains.device.type, enabled=False):
+        return (members * shares.unsqueeze(-1)).to(gains.dtype).transpose(-1, -2) @ gains
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module's own weights say all: no adapter, no quantisation, no hook, nothing offloaded."""
+    return type(module) in (nn.Linear, ZeroLinear) and _is_alone(module) and not module.weight.is_meta
+
+
+def mapped(module: nn.Module, inputs: Tensor, share: float = 1.0) -> Tensor:
+    """What a linear layer makes of inputs, (..., D) -> (..., K), float32; its weights get `share` of their gradient.
+
+    A plain layer computes in float32 whatever its weights are in. Any other (with adapters, quantised, offloaded or
+    hooked) is called as it wants to be.
+    """
+    if not is_plain_linear(module):
+        return learning_less(module, share)(inputs.to(_input_dtype(module, inputs))).float()
+    inputs = at_least_float32(inputs)
+    weights = [scale_gradient(weight, share).to(inputs.dtype) for weight in module.parameters()]
+    with torch.autocast(inputs.device.type, enabled=False):
+        return nn.functional.linear(inputs, *weights).float()
+
+
+def _input_dtype(module: nn.Module, inputs: Tensor) -> torch.dtype:
+    """What a module that is more than a linear layer's weights wants to be given."""
+    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), inputs.dtype)
+
+
+def weight_of(module: nn.Module, size: int, like: Tensor) -> Tensor:
+    """The matrix (K, D) of a linear layer, whatever it is made of: adapters, quantised weights or offloaded ones.
+
+    Args:
+        module: the layer.
+        size: D.
+        like: a tensor of the device and dtype that the layer takes.
+    """
+    if is_plain_linear(module):
+        return module.weight
+    basis = torch.eye(size, dtype=_input_dtype(module, like), device=like.device)
+    return (module(basis) - module(torch.zeros_like(basis[:1]))).T
 
 
 def linear_of(tokens: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
     """A linear map to every label, (B, N, D), (K, D) -> (B, N, K), or to each image's own (B, L) -> (B, N, L)."""
+    tokens = tokens.to(weight.dtype)
     if labels is None:
         return nn.functional.linear(tokens, weight)
     # Each image's own weights are (B, L, D): where every label's outcome takes no more memory, choose from those.
     if labels.shape[1] * weight.shape[1] >= tokens.shape[1] * weight.shape[0]:
-        return _of_labels(nn.functional.linear(tokens, weight), labels)
+        values = nn.functional.linear(tokens, weight)
+        return values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
     return tokens @ weight[labels].mT
 
 
-def _of_labels(values: Tensor, labels: Tensor) -> Tensor:
-    """What players have for each image's own labels: (B, N, K), (B, L) -> (B, N, L)."""
-    return values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
-
-
-def sums_of_linear(tokens: Tensor, coalitions: Tensor, weight: Tensor) -> Tensor:
-    """A linear map of tokens, summed over coalitions: (..., N, D), bool (..., M, N), (K, D) -> (..., M, K), float32.
-
-    Sums first and maps then, which for many labels costs much less than the other way round.
-    """
-    sums = sum_over_coalitions(coalitions, tokens)  # (..., M, D)
-    with torch.autocast(tokens.device.type, enabled=False):
-        return nn.functional.linear(sums, weight.to(sums.dtype)).float()
+def sums_of_centred(tokens: Tensor, coalitions: Tensor) -> Tensor:
+    """Tokens less their mean over players, summed over coalitions: (B, N, D), bool (B, M, N) -> (B, M, D), float32."""
+    tokens = at_least_float32(tokens)  # half precision would leave a sum over all that is not 0
+    return sum_over_coalitions(coalitions, tokens - tokens.mean(dim=-2, keepdim=True))
 
 
 class ShapleyImageClassifierMixin:
@@ -392,6 +453,10 @@ class ShapleyImageClassifierMixin:
                 raise
             raise OSError(f"The weights of {name!r} are damaged ({error}): download or save them again.") from error
         _check_backbone(info, cls.base_model_prefix, name)
+        if UNTIED in info["unexpected_keys"]:
+            _tie(model, name, kwargs)
+            info["missing_keys"] = set(info["missing_keys"]) - {TIED}
+            info["unexpected_keys"] = set(info["unexpected_keys"]) - {UNTIED}
         if any(key.startswith("attribution_head.own_") for key in info["missing_keys"]):
             model.attribution_head.copy_layers(*model._last_layers(model.attribution_head.own_layers))
         return (model, info) if wants_info else model
@@ -435,7 +500,7 @@ class ShapleyImageClassifierMixin:
         Raises:
             ValueError: with `attribution_head="votes"`, where attributions are what the classifier makes of patches.
         """
-        if self.attribution_head.influence is None:
+        if self.attribution_head.correction is None:
             raise ValueError(
                 "A frozen classifier needs `attribution_head='votes+influence'`, got 'votes': its attributions are "
                 "the classifier's own and could not learn either. Load the checkpoint with that option."
@@ -445,14 +510,13 @@ class ShapleyImageClassifierMixin:
         for name, part in self.attribution_head.named_children():
             part.requires_grad_(name != "vote_blocks")
 
-    def _empty(self, token: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """What the classifier reads of the empty coalition's token (D), None without one, and v(empty) (K)."""
-        base_values = self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it
+    def _empty(self, token: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Readout of the empty coalition (D), from its token (D) where there is one, and v(empty) (K)."""
         if token is None:
-            return None, base_values
-        empty = self.attribution_head.vote_tokens(token).float()
-        with torch.autocast(empty.device.type, enabled=False):
-            return empty, base_values + nn.functional.linear(empty, self.classifier.weight.float())
+            readout = torch.zeros(self.attribution_head.hidden_size, device=device)
+        else:
+            readout = at_least_float32(self.attribution_head.vote_tokens(token))
+        return readout, mapped(self.classifier, readout)
 
     @property
     def base_values(self) -> Tensor:
@@ -460,9 +524,14 @@ class ShapleyImageClassifierMixin:
         with torch.no_grad(), _evaluating(self):
             return self._empty_alone()[1]
 
-    def _empty_alone(self) -> tuple[Tensor | None, Tensor]:
+    def _empty_alone(self) -> tuple[Tensor, Tensor]:
         """As `_empty`, where there is no image to take the token along with."""
-        return self._empty(self._empty_token() if self.attribution_head.pooled else None)
+        return self._empty(self._empty_token() if self.attribution_head.pooled else None, self._input_device)
+
+    @property
+    def _input_device(self) -> torch.device:
+        """Where inputs belong: with the weights that are not offloaded."""
+        return next((weight.device for weight in self.parameters() if not weight.is_meta), self.device)
 
     @can_return_tuple
     def forward(
@@ -503,12 +572,14 @@ class ShapleyImageClassifierMixin:
             ValueError: for pixels, ids or labels of a wrong shape, dtype or range.
         """
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
-        labels = None if labels is None else self._check_targets(labels, pixel_values)
+        if labels is not None:
+            labels = self._check_targets(labels, pixel_values)
+        structured, recorded = None, {}
         if sums_only and coalition_ids is None:
             raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
-        members, structured, recorded = None, None, {}
         if coalition_ids is None:
-            attributed = None if attributed is None else self._labels_to_attribute(attributed, len(pixel_values))
+            if attributed is not None:
+                attributed = self._labels_to_attribute(attributed, len(pixel_values))
             (tokens, voting, empty), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
             _check_ordinary_options({**kwargs, "attributed": attributed})
@@ -520,23 +591,23 @@ class ShapleyImageClassifierMixin:
             structured = self._played(embeddings, coalition_ids, members, num_with_gradient)
 
         head = self.attribution_head
-        empty, base_values = self._empty(empty)
-        voters = head.voters(voting, tokens.new_ones(voting.shape[0], 1, tokens.shape[1], dtype=torch.bool), empty)
+        empty, base_values = self._empty(empty, pixel_values.device)
+        voting = head.vote_tokens(voting)
+        everyone = voting.new_ones(voting.shape[0], 1, tokens.shape[1], dtype=torch.bool)
+        readout = head.readouts(voting, everyone, empty).squeeze(1)  # (B, D)
+        logits = mapped(self.classifier, readout)  # (B, K)
+        if isinstance(attributed, int):
+            attributed = logits.topk(attributed).indices
+        gains = scale_gradient(logits - base_values, head.vote_gradient)
+        read = _Reading(tokens, voting, readout - empty, gains, empty, base_values, grid)
+        fields = {} if sums_only else {"attributions": self._attributions(read, attributed)}
         if structured is not None:
-            structured = head.voters(structured, members, empty, head.coalition_gradient)  # (B', R, N, D)
-        if sums_only:
-            gains, fields = self._sums(tokens, voters, structured, members, grid)
-        elif attributed is None:
-            gains, fields = self._votes(tokens, voters, structured, grid)
-        else:
-            gains, fields = self._chosen(tokens, voters, base_values, attributed, grid)
-        for name in [name for name in ("coalition_gains", "coalition_votes") if name in fields]:
-            fields[name] = _detached_beyond(fields[name], num_with_gradient)
-        logits = base_values + gains  # (B, K)
+            fields |= self._played_fields(read, structured, members, sums_only, num_with_gradient)
         return ShapleyImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,
             base_values=base_values,
+            attributed_labels=attributed,
             **fields,
             **recorded,
         )
@@ -551,63 +622,58 @@ class ShapleyImageClassifierMixin:
             constant = self._structured_tokens(embeddings[others], coalition_ids[others], members[others])
         return torch.cat([self._structured_tokens(embeddings[first], coalition_ids[first], members[first]), constant])
 
-    def _votes(
-        self, tokens: Tensor, voters: Tensor, structured: Tensor | None, grid: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gain of the full image (B, K), and the output's fields that hold something for each player."""
-        votes = self._shared_votes(voters) if self.attribution_head.pooled else self._votes_of(voters)  # (B, N, K)
-        fields = {"attributions": self.attribution_head.attributions(tokens, votes, grid)}
-        if structured is not None:
-            fields["coalition_votes"] = self._votes_of(structured, self.attribution_head.coalition_gradient)
-        return votes.sum(dim=1), fields
+    def _attributions(self, read: _Reading, labels: Tensor | None) -> Tensor:
+        """Attributions of every label, (B, N, K), or of each image's own labels (B, L), (B, N, L)."""
+        deviations = self.attribution_head.deviations(read.tokens, read.voting, read.grid)
+        attributions = linear_of(deviations, self._weight(deviations), labels).float()
+        attributions.div_(deviations.shape[1])  # in place: with many labels this is the largest tensor of a forward
+        shares = read.gains if labels is None else read.gains.gather(1, labels)
+        shares = (shares / deviations.shape[1]).unsqueeze(1)
+        return attributions.sub_(attributions.mean(dim=1, keepdim=True)).add_(shares)
 
-    def _chosen(
-        self, tokens: Tensor, voters: Tensor, base_values: Tensor, labels: Tensor | int, grid: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gain of the full image (B, K), and attributions of some labels only: of (B, L), or of so many best."""
-        pooled = self.attribution_head.pooled
-        if pooled:
-            votes = self._shared_votes(voters)
-            gains = votes.sum(dim=1)
-        else:
-            everyone = torch.ones(voters.shape[0], 1, voters.shape[-2], dtype=torch.bool, device=voters.device)
-            gains = self._gains(voters, everyone).squeeze(1)
-        if isinstance(labels, int):
-            labels = (base_values + gains).topk(labels).indices
-        if pooled:
-            votes = _of_labels(votes, labels)
-        else:
-            # As precise as their sums are, for these must add up to the logits.
-            with torch.autocast(voters.device.type, enabled=False):
-                votes = linear_of(voters.float(), self.classifier.weight.float(), labels) / voters.shape[1]
-        attributions = self.attribution_head.attributions(tokens, votes, grid, labels)
-        return gains, {"attributions": attributions, "attributed_labels": labels}
+    def _weight(self, like: Tensor) -> Tensor:
+        """The classifier's matrix (K, D), with as much of the attributions' gradient as votes get."""
+        weight = weight_of(self.classifier, self.attribution_head.hidden_size, like)
+        return scale_gradient(weight, self.attribution_head.vote_gradient)
 
-    def _shared_votes(self, voters: Tensor) -> Tensor:
-        """Votes of the full image with a pooled readout, where all patches vote the same: (B, N, D) -> (B, N, K)."""
-        return (self._votes_of(voters[:, :1]) / voters.shape[1]).expand(*voters.shape[:2], -1)
+    def _played_fields(
+        self, read: _Reading, structured: Tensor, members: Tensor, sums_only: bool, num_with_gradient: int
+    ) -> dict[str, Tensor]:
+        """The output's fields that hold something for the coalitions bool (B', R, G, N), from their tokens."""
+        head = self.attribution_head
+        structured = head.vote_tokens(structured, head.coalition_gradient)
+        readouts = head.readouts(structured, members, read.empty)  # (B', R, G, D)
+        if not sums_only:
+            gained = readouts - scale_gradient(read.empty, head.coalition_gradient)
+            votes = self._votes(structured, gained, members)
+            return {"coalition_votes": _detached_beyond(votes, num_with_gradient)}
+        share = head.coalition_gradient
+        gains = mapped(self.classifier, readouts, share) - scale_gradient(read.base_values, share)
+        attributions, readout_sums = self._sums(read, members)
+        return {
+            "coalition_gains": _detached_beyond(gains, num_with_gradient),
+            "coalition_attributions": attributions,
+            "readout_errors": (readouts - read.empty).detach() - readout_sums,
+        }
 
-    def _votes_of(self, voters: Tensor, share: float = 1.0) -> Tensor:
-        """Each player's vote, divided by the number of players: (..., N, D) -> (..., N, K), float32."""
-        weight = scale_gradient(self.classifier.weight, share)
-        votes = nn.functional.linear(voters.to(weight.dtype), weight).float()
-        return votes.div_(voters.shape[-2])  # in place: with many labels this is the largest tensor of a forward
+    def _votes(self, voting: Tensor, readout_gains: Tensor, members: Tensor) -> Tensor:
+        """Each player's vote when it sees only its own coalition, divided by their number: (B', R, N, K), float32."""
+        head = self.attribution_head
+        voters = share_evenly(readout_gains, members) if head.pooled else voting  # (B', R, N, D)
+        weight = scale_gradient(weight_of(self.classifier, head.hidden_size, voting), head.coalition_gradient)
+        return linear_of(voters, weight).float().div_(members.shape[-1])
 
-    def _sums(
-        self, tokens: Tensor, voters: Tensor, structured: Tensor, members: Tensor, grid: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gain of the full image (B, K), and the output's fields that hold something for each coalition."""
-        gains = self._gains(structured, members, self.attribution_head.coalition_gradient)  # (B', R, G, K)
-        total = self._gains(voters, members.new_ones(len(voters), 1, voters.shape[-2])).squeeze(1)
-        batch, shape = len(members), members.shape[1:3]
-        members = members.flatten(1, 2)  # (B', R G, N)
-        votes = self._gains(voters[:batch], members)
-        attributions = self.attribution_head.attribution_sums(tokens[:batch], votes, members, grid)
-        return total, {"coalition_gains": gains, "coalition_attributions": attributions.unflatten(1, shape)}
-
-    def _gains(self, voters: Tensor, members: Tensor, share: float = 1.0) -> Tensor:
-        """Votes summed over coalitions, v(S) - v(empty): (..., N, D), bool (..., M, N) -> (..., M, K), float32."""
-        return sums_of_linear(voters, members, scale_gradient(self.classifier.weight, share)) / members.shape[-1]
+    def _sums(self, read: _Reading, members: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the coalitions bool (B', R, G, N) of attributions (B', R, G, K), and of Phi (B', R, G, D)."""
+        batch, num_players = len(members), members.shape[-1]
+        head, flat = self.attribution_head, members.flatten(1, 2)  # (B', R G, N)
+        deviations = head.deviation_sums(read.tokens[:batch], read.voting[:batch], flat, read.grid) / num_players
+        deviations = deviations.unflatten(1, members.shape[1:3])
+        shares = members.sum(-1, keepdim=True) / num_players  # (B', R, G, 1)
+        with torch.autocast(deviations.device.type, enabled=False):
+            attributions = linear_of(deviations, self._weight(deviations).to(deviations.dtype)).float()
+        attributions = attributions + shares * read.gains[:batch, None, None]
+        return attributions, deviations + shares * read.readout_gains[:batch, None, None].detach()
 
     @torch.no_grad()
     def explain(
@@ -615,27 +681,95 @@ class ShapleyImageClassifierMixin:
         pixel_values: Tensor,
         labels: Sequence[int | str] | Tensor | None = None,
         *,
+        evaluations: int = 0,
         upsample: bool = False,
         interpolate_pos_encoding: bool | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Attribution maps of every image for all or for chosen labels, in logits.
 
         Args:
             pixel_values: (B, C, H, W).
             labels: None for all K; L label ids or names, the same for every image; or a long tensor (B, L).
+            evaluations: 0 takes the one pass as it is. From 2 to 16,384: so many values of the game bring it nearer to
+                the exact Shapley values, which half of their forwards under coalition structures cost.
             upsample: spread each patch's value evenly over its pixels, which keeps the sum: (H, W) instead of (h, w).
             interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+            generator: source of randomness for `evaluations`, on the CPU; None uses torch's global one.
 
         Returns:
             (B, K or L, h, w) float32 on the model's device; a map's sum is its label's logit less its base value.
         """
         height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
+        check_count(evaluations, "evaluations", 0)
         if labels is not None:
             labels = self._label_ids(labels, len(pixel_values))
         with _evaluating(self):
             outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attributed=labels)
-        maps = outputs.attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K or L, h, w)
+        attributions = outputs.attributions
+        if evaluations > 1:
+            asked = self._ask(pixel_values, attributions, labels, evaluations, interpolate_pos_encoding, generator)
+            attributions = torch.stack([found.values for found in asked]).to(attributions)
+        maps = attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K or L, h, w)
         return upsample_attributions(maps, tuple(pixel_values.shape[-2:])) if upsample else maps
+
+    @torch.no_grad()
+    def check_explanation(
+        self,
+        pixel_values: Tensor,
+        labels: Sequence[int | str] | Tensor | None = None,
+        *,
+        evaluations: int = 16,
+        interpolate_pos_encoding: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """How wrong each map of one pass is, judged by a few values of the game: a check that every map can carry.
+
+        A map from a head that has learned too little, or of an image unlike those it learned from, shows. The fewer
+        the evaluations, the less sure the judgement; `attribution_error_certificate` judges many images together.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            labels: as for `explain`; None for the predicted label alone.
+            evaluations: values of the game for each image, from 2 to 16,384.
+            interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+            generator: source of randomness, on the CPU; None uses torch's global one.
+
+        Returns:
+            (B, L) float32: expected squared error over the expected variance of the exact values over the patches.
+            0 is exact; 1 is no better than a map that gives every patch the same.
+        """
+        self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
+        check_count(evaluations, "evaluations", 2)
+        with _evaluating(self):
+            outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        asked = self._ask(pixel_values, outputs.attributions, None, evaluations, interpolate_pos_encoding, generator)
+        ratios = torch.stack([found.error_ratios for found in asked]).to(outputs.attributions)  # (B, K)
+        chosen = outputs.logits.argmax(-1, keepdim=True) if labels is None else self._label_ids(labels, len(ratios))
+        return ratios.gather(1, chosen)
+
+    def _ask(
+        self,
+        pixel_values: Tensor,
+        attributions: Tensor,
+        labels: Tensor | None,
+        evaluations: int,
+        interpolate_pos_encoding: bool | None,
+        generator: torch.Generator | None,
+    ) -> list[ShapleyPosterior]:
+        """What evaluations say of each image's attributions, (B, N, K), or of its own labels (B, L), (B, N, L)."""
+        device = pixel_values.device
+        drawn = [
+            coalitions_to_ask(evaluations, num_players=attributions.shape[1], generator=generator, device="cpu")
+            for _ in pixel_values
+        ]
+        coalitions = torch.stack([torch.cat([torch.ones_like(rows[:1]), rows]) for rows in drawn])  # (B, R, N)
+        pairs = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2).to(device)  # (B, 2 R, N)
+        values = self.coalition_values(pixel_values, pairs, interpolate_pos_encoding=interpolate_pos_encoding)
+        if labels is not None:
+            values = values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
+        odd = ((values[:, 0::2] - values[:, 1::2]) / 2).double().cpu()
+        return list(map(shapley_posterior, attributions.double().cpu(), coalitions, odd))
 
     @torch.no_grad()
     def coalition_values(
@@ -672,19 +806,18 @@ class ShapleyImageClassifierMixin:
         chunk = max(1, batch_size // len(pixel_values)) * (2 if paired else 1)
         with _evaluating(self):
             embeddings = self._embed(pixel_values, interpolate_pos_encoding)
-            empty = self._empty_alone()
-            values = [self._values(embeddings, part, paired, *empty) for part in coalitions.split(chunk, dim=1)]
-        return torch.cat(values, dim=1)
+            empty, base_values = self._empty_alone()
+            values = [self._values(embeddings, part, paired, empty) for part in coalitions.split(chunk, dim=1)]
+        # That of no player at all to the bit: a product with many rows rounds otherwise than one with a single row.
+        return torch.where(coalitions.any(-1, keepdim=True), torch.cat(values, dim=1), base_values)
 
-    def _values(
-        self, embeddings: Tensor, coalitions: Tensor, paired: bool, empty: Tensor | None, base_values: Tensor
-    ) -> Tensor:
+    def _values(self, embeddings: Tensor, coalitions: Tensor, paired: bool, empty: Tensor) -> Tensor:
         """v(S): (B, ...), (B, M, N) -> (B, M, K). With `paired`, coalition 2 j + 1 is the complement of 2 j."""
         structures = coalitions[:, 0::2] if paired else coalitions  # (B, R, N)
         members = torch.stack([structures, ~structures], dim=2)  # (B, R, 2, N)
         tokens = self._structured_tokens(embeddings, coalitions_to_ids(structures), members)
-        gains = self._gains(self.attribution_head.voters(tokens, members, empty), members)
-        return base_values + (gains if paired else gains[:, :, :1]).flatten(1, 2)
+        readouts = self.attribution_head.readouts(self.attribution_head.vote_tokens(tokens), members, empty)
+        return mapped(self.classifier, (readouts if paired else readouts[:, :, :1]).flatten(1, 2))
 
     def _check_pixels(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, check_values: bool = False
@@ -703,13 +836,7 @@ class ShapleyImageClassifierMixin:
             raise ValueError(
                 f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."
             )
-        for name, module in (("classifier", self.classifier), ("attribution_head", self.attribution_head.influence)):
-            if module is not None and module.weight.is_meta and not pixel_values.is_meta:
-                raise ValueError(
-                    f"The weights of `{name}` are offloaded, which works for the backbone's layers only: give "
-                    "`classifier` and `attribution_head` a device in `device_map`."
-                )
-        check_device(pixel_values, "pixel_values", self.classifier.weight.device)
+        check_device(pixel_values, "pixel_values", self._input_device)
         grid = self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
         # Elsewhere than on the CPU the check would make the host wait in every training step.
         checked = (check_values or pixel_values.device.type == "cpu") and not torch.compiler.is_compiling()
@@ -752,7 +879,7 @@ class ShapleyImageClassifierMixin:
 
     def _label_ids(self, labels: Sequence[int | str] | Tensor, batch: int) -> Tensor:
         """Label ids or names to long (batch, L)."""
-        device = self.classifier.weight.device
+        device = self._input_device
         num_labels = self.config.num_labels
         if not isinstance(labels, Tensor):
             labels = torch.tensor(known_labels(labels, self.config.id2label))
@@ -777,6 +904,20 @@ def _check_backbone(info: dict, prefix: str, name: str) -> None:
                 f"The checkpoint {name!r} {what} {len(keys)} weights of the backbone, such as {keys[:3]}: download or "
                 "save it again, with the configuration it belongs to."
             )
+
+
+def _tie(model: nn.Module, name: str, options: dict[str, Any]) -> None:
+    """Make an influence head with weights of its own for each label, U (K, D), the correction pinv(W) U, the same."""
+    places = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    file = cached_file(name, "model.safetensors", **{key: options[key] for key in places if key in options})
+    head, classifier = model.get_submodule("attribution_head"), model.get_submodule("classifier")
+    untied, weight = load_state_dict(file)[UNTIED].double(), classifier.get_parameter("weight").detach().cpu().double()
+    if weight.shape[0] > weight.shape[1] or torch.linalg.matrix_rank(weight) < weight.shape[0]:
+        raise ValueError(
+            f"The checkpoint {name!r} has an influence head of {weight.shape[0]} labels, which the classifier's "
+            f"{weight.shape[1]} features cannot express: train its attribution head anew, from the plain one."
+        )
+    head.get_parameter("correction.weight").data.copy_(torch.linalg.pinv(weight) @ untied)
 
 
 def upsample_attributions(maps: Tensor, size: tuple[int, int]) -> Tensor:

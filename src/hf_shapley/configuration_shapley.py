@@ -76,6 +76,7 @@ class ShapleyConfigMixin:
         "coalition_votes",
         "coalition_gains",
         "coalition_attributions",
+        "readout_errors",
         "hidden_states",
         "attentions",
     ]

@@ -229,7 +229,8 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
 
     def _empty_token(self) -> Tensor:
         """CLS where there is no patch at all: (D)."""
-        any_image = self.classifier.weight.new_zeros(1, self.config.num_channels, *_pair(self.config.image_size))
+        shape = (1, self.config.num_channels, *_pair(self.config.image_size))
+        any_image = torch.zeros(shape, device=self._input_device)
         return self._encode(self._embed(any_image, None)[:, :1], None)[0, 0]
 
     def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from .attribution_head import ShapleyImageClassifierOutput, is_own_part, scale_gradient
+from .attribution_head import ShapleyImageClassifierOutput, is_own_part, scale_gradient, weight_of
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
 from .checks import check_count, check_number
 from .coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
@@ -46,6 +46,13 @@ class ShapleyTrainingArguments(TrainingArguments):
     )
     odd_weight: float = field(
         default=1.0, metadata={"help": "Weight of the odd part of a pair's error, which Shapley values depend on."}
+    )
+    readout_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight, beside the Shapley regression on the labels and times its own, of that on what the "
+            "classifier reads, whatever the labels: attributions then hold for labels to come."
+        },
     )
     even_weight: float = field(
         default=1.0, metadata={"help": "Weight of the even part of a pair's error, which measures interactions."}
@@ -80,7 +87,7 @@ class ShapleyTrainingArguments(TrainingArguments):
             check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
         for name in ("shapley_fraction", "value_gradient_fraction"):
             check_number(getattr(self, name), name, "above 0, at most 1", lambda share: 0 < share <= 1)
-        for name in ("shapley_weight", "coalition_weight", "odd_weight", "even_weight"):
+        for name in ("shapley_weight", "coalition_weight", "readout_weight", "odd_weight", "even_weight"):
             check_number(getattr(self, name), name, "0 or more, finite", lambda weight: 0 <= weight < float("inf"))
         if self.attribution_learning_rate is not None:
             check_number(
@@ -102,8 +109,8 @@ class ShapleyTrainingArguments(TrainingArguments):
 class ShapleyTrainer(Trainer):
     """A `Trainer` for Shapley image classifiers: classes, masked predictions and Shapley regression in one forward.
 
-    Each term is logged next to `loss`, averaged over the steps since the last log and over processes:
-    `loss_classification`, `loss_coalition`, `loss_shapley` (unweighted) and the current `shapley_weight`.
+    Each term is logged next to `loss`, averaged over the steps since the last log and over processes, unweighted:
+    `loss_classification`, `loss_coalition`, `loss_shapley`, `loss_readout`; and the current `shapley_weight`.
     Coalitions are a function of the seed, the step and the image's place in the global batch alone, so that a resumed
     run draws what an uninterrupted one would, and several processes draw what one would.
     """
@@ -165,7 +172,12 @@ class ShapleyTrainer(Trainer):
             outputs = model(**inputs, **structures, sums_only=True, num_with_gradient=learning)
             importance = importance_weights(coalitions, self.args.coalition_sizes)
             terms = self.loss_terms(outputs, coalitions.shape[-1], inputs["labels"], learning, importance)
-            weights = {"classification": 1.0, "coalition": self.args.coalition_weight, "shapley": self.shapley_weight}
+            weights = {
+                "classification": 1.0,
+                "coalition": self.args.coalition_weight,
+                "shapley": self.shapley_weight,
+                "readout": self.shapley_weight * self.args.readout_weight,
+            }
             loss = sum(weights[name] * term for name, term in terms.items())
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
@@ -204,7 +216,20 @@ class ShapleyTrainer(Trainer):
             "classification": self._classification_loss(outputs, labels),
             "coalition": self._coalition_term(values, outputs.logits[:learning], labels[:learning], importance),
             "shapley": odd + even,
+            **self._readout_term(outputs.readout_errors, num_players, importance),
         }
+
+    def _readout_term(self, errors: Tensor, num_players: int, importance: Tensor) -> dict[str, Tensor]:
+        """The odd part of the regression on directions of the readout as long as the classifier's, all on average.
+
+        Over random directions v of mean squared length L^2 the mean of (v' r)^2 is L^2 times the mean of r^2.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if model.attribution_head.correction is None or self.args.readout_weight == 0:
+            return {}
+        weight = weight_of(model.classifier, errors.shape[-1], errors).detach().float()
+        errors = weight.square().sum(-1).mean().sqrt() * errors
+        return {"readout": paired_residual_loss(errors, num_players, even_weight=0.0, weights=importance)}
 
     def _coalition_term(self, values: Tensor, logits: Tensor, labels: Tensor, importance: Tensor) -> Tensor:
         """Loss of masked predictions v(S), (B', R, 2, K), of which those of a pair count alike."""
