@@ -637,3 +637,11 @@ def test_other_models_arguments_and_batches_are_refused(tmp_path):
     unlabelled = [{"pixel_values": row["pixel_values"]} for row in images()]
     with pytest.raises(ValueError, match="`pixel_values` and `labels` in each batch"):
         make_trainer(tmp_path, data=unlabelled).train()
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_labels_that_are_text_are_refused_by_name(column, tmp_path):
+    """transformers' collator leaves text out, or fails on it: the message says what came and how to number it."""
+    data = [{"pixel_values": row["pixel_values"], column: "cat"} for row in images()]
+    with pytest.raises(ValueError, match=rf"`{column}` must hold ids of labels, got the text 'cat'.*ClassLabel"):
+        make_trainer(tmp_path, data=data).train()

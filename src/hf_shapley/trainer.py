@@ -4,6 +4,7 @@ import logging
 import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .attribution_head import ShapleyImageClassifierOutput, is_own_part, scale_gradient
-from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
+from .checkpoints import (
+    check_labels_of_checkpoint,
+    complete_checkpoint,
+    discard_surplus_checkpoints,
+    marked_incomplete,
+)
 from .checks import check_count, check_number
 from .coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
 from .hub import keep_card_of_hub
 from .losses import coalition_label_loss, coalition_loss, coalition_regression_loss, paired_residual_loss
 from .model_card import write_model_card
+from .picture_rows import named_pictures
 from .training_card import render_training_card
 
 logger = logging.getLogger(__name__)
@@ -101,6 +108,18 @@ class ShapleyTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False
 
 
+def collate(rows: list[Any]) -> dict[str, Any]:
+    """A batch as transformers' default collator makes it, which leaves text out: labels that are text are refused."""
+    first = rows[0] if isinstance(rows[0], Mapping) else {}
+    for name in ("label", "labels", "label_ids"):
+        if isinstance(first.get(name), str):
+            raise ValueError(
+                f"`{name}` must hold ids of labels, got the text {first[name]!r}: number them in the order of the "
+                f"model's `config.label2id`, as `dataset.cast_column({name!r}, ClassLabel(names=names))` does."
+            )
+    return default_data_collator(rows)
+
+
 class ShapleyTrainer(Trainer):
     """A `Trainer` for Shapley image classifiers: classes, masked predictions and Shapley regression in one forward.
 
@@ -108,6 +127,9 @@ class ShapleyTrainer(Trainer):
     `loss_classification`, `loss_coalition`, `loss_shapley` (unweighted) and the current `shapley_weight`.
     Coalitions are a function of the seed, the step and the image's place in the global batch alone, so that a resumed
     run draws what an uninterrupted one would, and several processes draw what one would.
+
+    A loss given as `compute_loss_func` takes the place of the classification loss; as in `Trainer`, labels then do not
+    reach the model.
     """
 
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps. With
@@ -126,6 +148,7 @@ class ShapleyTrainer(Trainer):
         # Steps without coalitions leave adapters out; the accelerator asks before `model_init` says if there are any.
         if args.shapley_every > 1 and (model is None or getattr(model.config, "coalition_adapter_size", 0)):
             args.ddp_find_unused_parameters = True
+        kwargs["data_collator"] = kwargs.get("data_collator") or collate
         super().__init__(model, args, **kwargs)
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = defaultdict(int)
@@ -156,8 +179,7 @@ class ShapleyTrainer(Trainer):
         if "labels" not in inputs or "pixel_values" not in inputs:
             raise ValueError(
                 f"Training needs `pixel_values` and `labels` in each batch, got {sorted(inputs)}: check the data "
-                "set's columns, the data collator and `remove_unused_columns`. Labels that are text are left out of "
-                'batches: give ids, such as `dataset.class_encode_column("label")` makes.'
+                "set's columns, the data collator and `remove_unused_columns`."
             )
         micro_step = self._count_micro_step()
         labels = inputs["labels"]
@@ -282,11 +304,16 @@ class ShapleyTrainer(Trainer):
             As `Trainer.train`: the last step, the mean loss and the metrics.
 
         Raises:
-            ValueError: no complete checkpoint there.
+            ValueError: no complete checkpoint there, or one of other labels.
         """
         if resume_from_checkpoint and not self.is_deepspeed_enabled:  # which keeps its optimizer in a form of its own
             resume_from_checkpoint = complete_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            check_labels_of_checkpoint(resume_from_checkpoint, self.model.config.id2label)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _remove_unused_columns(self, dataset, description=None):
+        # Where the stock Trainer makes a data loader of a data set.
+        return named_pictures(super()._remove_unused_columns(dataset, description))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # Every start comes by here: a second run, one that goes on, another try with smaller batches.
