@@ -108,7 +108,7 @@ class ShapleyTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False
 
 
-def collate(rows: list[Any]) -> dict[str, Any]:
+def _collate(rows: list[Any]) -> dict[str, Any]:
     """A batch as transformers' default collator makes it, which leaves text out: labels that are text are refused."""
     first = rows[0] if isinstance(rows[0], Mapping) else {}
     for name in ("label", "labels", "label_ids"):
@@ -148,7 +148,7 @@ class ShapleyTrainer(Trainer):
         # Steps without coalitions leave adapters out; the accelerator asks before `model_init` says if there are any.
         if args.shapley_every > 1 and (model is None or getattr(model.config, "coalition_adapter_size", 0)):
             args.ddp_find_unused_parameters = True
-        kwargs["data_collator"] = kwargs.get("data_collator") or collate
+        kwargs["data_collator"] = kwargs.get("data_collator") or _collate
         super().__init__(model, args, **kwargs)
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = defaultdict(int)
