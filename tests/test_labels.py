@@ -17,6 +17,7 @@ from hf_shapley import (
     add_attributions,
     training_job,
 )
+from hf_shapley.labels import check_labels_of_checkpoint
 
 NAMES = ["cat", "dog", "cow", "ant", "bee"]
 
@@ -264,3 +265,14 @@ def test_going_on_with_other_labels_is_refused(tmp_path):
     trainer = ShapleyTrainer(make_model("convnext", id2label=dict(enumerate(NAMES[::-1]))), args)
     with pytest.raises(ValueError, match=r"labels of .*checkpoint-1' are \['cat'.*those of the model \['bee'"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_labels_of_a_checkpoint_are_compared_in_order(tmp_path):
+    """Eleven labels and more, which a configuration may list as text, are still those of the model."""
+    names = {label: f"kind {label}" for label in range(12)}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"id2label": dict(sorted((str(k), v) for k, v in names.items()))})
+    )
+    check_labels_of_checkpoint(tmp_path, names)
+    with pytest.raises(ValueError, match="kind 0"):
+        check_labels_of_checkpoint(tmp_path, {**names, 11: "another"})

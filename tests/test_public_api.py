@@ -38,12 +38,7 @@ INTERNAL = {
         "share_evenly",
         "sums_of_linear",
     },
-    "checkpoints": {
-        "check_labels_of_checkpoint",
-        "complete_checkpoint",
-        "discard_surplus_checkpoints",
-        "marked_incomplete",
-    },
+    "checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
     "coalitions": {"check_coalitions", "sum_over_coalitions"},
     "configuration_shapley": {"ShapleyConfigMixin"},
     "digits": {"label_maps", "trainable"},

@@ -1,10 +1,9 @@
 """Checkpoints of interrupted runs: which are whole, and which is the newest of those."""
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -87,26 +86,6 @@ def complete_checkpoint(chosen: str | os.PathLike | Literal[True], output_dir: s
             + (f"Resume from {newest!r}." if newest else "Train without it.")
         )
     return os.fspath(chosen)
-
-
-def check_labels_of_checkpoint(checkpoint: str | os.PathLike, id2label: Mapping[int, str]) -> None:
-    """Refuse to go on from a checkpoint whose label ids mean something else.
-
-    Args:
-        checkpoint: its folder.
-        id2label: what they mean to the model that goes on.
-
-    Raises:
-        ValueError: the checkpoint's configuration names its labels, and not like that.
-    """
-    config = Path(checkpoint) / "config.json"
-    saved = json.loads(config.read_text(encoding="utf-8")).get("id2label") if config.exists() else None
-    names = list(id2label.values())
-    if saved and list(saved.values()) != names:
-        raise ValueError(
-            f"`resume_from_checkpoint`: the labels of {str(checkpoint)!r} are {list(saved.values())[:10]}, those of "
-            f"the model {names[:10]}: go on with the data set and the model that it was started with."
-        )
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:

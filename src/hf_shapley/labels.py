@@ -1,6 +1,10 @@
 """Labels of a data set and of a model: names, in one place, because ids alone do not say what they mean."""
 
+import json
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
@@ -27,7 +31,8 @@ def ids_by_name(names: Sequence[str], known: Sequence[str]) -> list[int]:
     """
     if list(names) == list(known):
         return list(range(len(known)))
-    unclear = [name for name in names if list(known).count(name) != 1]
+    counts = Counter(known)
+    unclear = [name for name in names if counts[name] != 1]
     if unclear:
         raise ValueError(
             f"The data set's labels {unclear[:10]} must each be the name of one of the model's labels, which are "
@@ -35,6 +40,27 @@ def ids_by_name(names: Sequence[str], known: Sequence[str]) -> list[int]:
         )
     places = {name: place for place, name in enumerate(known)}
     return [places[name] for name in names]
+
+
+def check_labels_of_checkpoint(checkpoint: str | os.PathLike, id2label: Mapping[int, str]) -> None:
+    """Refuse to go on from a checkpoint whose label ids mean something else.
+
+    Args:
+        checkpoint: its folder.
+        id2label: what they mean to the model that goes on.
+
+    Raises:
+        ValueError: the checkpoint's configuration names its labels, and not like that.
+    """
+    config = Path(checkpoint) / "config.json"
+    saved = json.loads(config.read_text(encoding="utf-8")).get("id2label") if config.exists() else None
+    theirs = given_names({int(label): name for label, name in (saved or {}).items()})
+    ours = given_names(id2label)
+    if theirs and ours and theirs != ours:
+        raise ValueError(
+            f"`resume_from_checkpoint`: the labels of {str(checkpoint)!r} are {theirs[:10]}, those of the model "
+            f"{ours[:10]}: go on with the data set and the model that it was started with."
+        )
 
 
 def row_names(rows: Dataset, column: str) -> list[str | None]:
