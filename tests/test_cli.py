@@ -104,6 +104,20 @@ def test_a_demo_that_cannot_be_is_refused_before_anything_is_written(tmp_path, o
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [([], "0.01"), (["--dataset", "pets"], "5e-05"), (["--dataset", "pets", "--seed", "3"], "5e-05")],
+)
+def test_all_options_are_listed_with_their_defaults(given, rate, capsys):
+    """The defaults are those of a run with what is given beside `--all-options`: digits' own, or the Trainer's."""
+    with pytest.raises(SystemExit) as left:
+        main(["train", *given, "--all-options"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0
+    assert f"default: {rate})" in text.split(" --learning_rate LEARNING_RATE ")[-1].split(" --lr_scheduler_type ")[0]
+    assert "defaults below are those of a run with the options given" in text
+
+
 def test_train_then_evaluate_on_digits(tmp_path, capsys):
     model = str(tmp_path / "model")
     options = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1", "--use_cpu"]
@@ -133,7 +147,8 @@ def test_a_damaged_picture_of_a_data_set_is_named(checkpoint, tmp_path, capsys, 
     dataset = ["--dataset", str(tmp_path / "pictures"), "--model", checkpoint]
     assert main([command, *dataset, *options[command]]) == 1
     error = capsys.readouterr().err
-    assert f"hf-shapley {command}: Cannot read" in error
+    assert f"hf-shapley {command}: " in error
+    assert "Cannot read" in error
     assert "3.png" in error
     assert not (tmp_path / "out.json").exists()
 

@@ -117,6 +117,14 @@ def test_coalition_label_loss_is_cross_entropy_with_the_true_label():
     torch.testing.assert_close(coalition_label_loss(values, labels), expected)
 
 
+def test_probabilities_as_labels_give_their_cross_entropy():
+    values = torch.randn(2, 1, 2, LABELS, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    log_p = values.log_softmax(-1)
+    expected = -(log_p[0, 0] @ labels[0] + log_p[1, 0] @ labels[1]).sum() / 4
+    torch.testing.assert_close(coalition_label_loss(values, labels), expected)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
 def test_scaled_gradients_leave_values_alone(scale):
     x = torch.tensor([1.7, -3.1], requires_grad=True)

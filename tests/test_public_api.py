@@ -8,7 +8,17 @@ from test_layout import MODULES, packages, relative_imports
 import hf_shapley
 
 # Public within the package: what users reach through something else, such as the command line or the Trainer.
-INTERNAL_MODULES = {"checks", "cli", "demo", "evaluation_job", "files", "training_card", "training_job"}
+INTERNAL_MODULES = {
+    "checks",
+    "cli",
+    "demo",
+    "evaluation_job",
+    "files",
+    "labels",
+    "picture_rows",
+    "training_card",
+    "training_job",
+}
 INTERNAL = {
     "attribution_head": {
         "CoalitionAdapter",

@@ -572,12 +572,10 @@ class ShapleyImageClassifierMixin:
             ValueError: for pixels, ids or labels of a wrong shape, dtype or range.
         """
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
-        if labels is not None:
-            labels = self._check_targets(labels, pixel_values)
+        labels = None if labels is None else self._check_targets(labels, pixel_values)
         structured, recorded = None, {}
-        if sums_only and coalition_ids is None:
-            raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
         if coalition_ids is None:
+            _check_no_sums(sums_only)
             if attributed is not None:
                 attributed = self._labels_to_attribute(attributed, len(pixel_values))
             (tokens, voting, empty), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -960,6 +958,11 @@ def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, images: Tensor
     if lowest < 0 or highest >= num_players:
         raise ValueError(f"`coalition_ids` must lie in [0, {num_players}), got {lowest} to {highest}.")
     return highest + 1
+
+
+def _check_no_sums(sums_only: bool) -> None:
+    if sums_only:
+        raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
 
 
 def _check_ordinary_options(options: dict[str, Any]) -> None:

@@ -93,13 +93,13 @@ def _add_train(commands) -> None:
         "option of ShapleyTrainingArguments: --shapley_weight, --learning_rate, --num_train_epochs, --push_to_hub ...",
         "hf-shapley train --model google/vit-base-patch16-224-in21k --dataset ethz/food101 --output_dir food101",
     )
-    train.add_argument("--all-options", action="store_true", help="list every option and leave")
+    train.add_argument("--all-options", action="store_true", help="list every option, with its default, and leave")
 
 
 def _train(options: argparse.Namespace) -> None:
     from .training_job import main as train
 
-    train(["--help"] if options.all_options else options.rest)
+    train([*options.rest, "--help"] if options.all_options else options.rest)
 
 
 def _add_evaluate(commands) -> None:

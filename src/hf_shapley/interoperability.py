@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from .attribution_head import _evaluating
 from .checks import check_finite, check_floats, known_labels
 from .images import load_image
+from .labels import given_names, ids_by_name
 
 if TYPE_CHECKING:
     from shap import Explanation
@@ -176,7 +177,8 @@ def add_attributions(
         model: a Shapley image classifier.
         processor: its image processor.
         image_column: column of images, or of anything that `load_image` reads.
-        label_column: column of the labels (ids or names) to explain; None = the predicted label.
+        label_column: column of the labels (ids or names) to explain; None = the predicted label. Classes of a
+            `ClassLabel` are the model's labels of the same names, whatever their ids.
         batch_size: images in one forward.
 
     Returns:
@@ -185,7 +187,7 @@ def add_attributions(
 
     Raises:
         TypeError: not one split of a data set.
-        ValueError: a column is missing, or is there already.
+        ValueError: a column is missing, or is there already; a label is none of the model's.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
@@ -206,9 +208,13 @@ def add_attributions(
             f"Columns {missing or taken} are {'missing' if missing else 'there already'}: got {list(features)}."
         )
 
+    ids = _ids_of_classes(model, None if label_column is None else features[label_column])
+
     def explain(batch: dict[str, list]) -> dict[str, list]:
         images = [load_image(image) for image in batch[image_column]]
-        label_ids = None if label_column is None else torch.tensor([_label_id(model, x) for x in batch[label_column]])
+        label_ids = None
+        if label_column is not None:
+            label_ids = torch.tensor([_label_id(model, ids.get(x, x)) for x in batch[label_column]])
         return dict(zip(added, _explain(model, processor, images, label_ids), strict=True))
 
     return dataset.map(explain, batched=True, batch_size=batch_size, features=Features({**features, **added}))
@@ -225,6 +231,14 @@ def _explain(
     chosen = outputs.attributed_labels  # (B, 1)
     columns = maps, chosen[:, 0], outputs.base_values[chosen[:, 0]], outputs.logits.gather(1, chosen)[:, 0]
     return [column.tolist() for column in columns]
+
+
+def _ids_of_classes(model: PreTrainedModel, feature: Any) -> dict[int, int]:
+    """The model's id of each of a data set's classes, by name; empty where one of them has no names."""
+    names = given_names(model.config.id2label)
+    if not names or not isinstance(feature, ClassLabel):
+        return {}
+    return dict(enumerate(ids_by_name(feature.names, names)))
 
 
 def _label_id(model: PreTrainedModel, label: int | str) -> int:
