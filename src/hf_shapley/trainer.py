@@ -53,7 +53,7 @@ class ShapleyTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Weight of the odd part of a pair's error, which Shapley values depend on."}
     )
     readout_weight: float = field(
-        default=0.5,
+        default=1.0,
         metadata={
             "help": "Weight, beside the Shapley regression on the labels and times its own, of that on what the "
             "classifier reads, whatever the labels: attributions then hold for labels to come."
