@@ -265,8 +265,8 @@ RECIPES = {
             ),
         }.items()
     },
-    # `fine_tuning_recipe(game="adapted")` recommends "with adapters, spread sizes" for a ViT; the others differ from the
-    # first one in one thing each.
+    # `fine_tuning_recipe(game="adapted")` recommends "with adapters, spread sizes" for a ViT; the others differ from
+    # the first one in one thing each.
     **{
         f"with adapters{change}": Recipe(ADAPTERS | training, _pooled(**OWN_LAYER_ALONE) | APART)
         for change, training in {
