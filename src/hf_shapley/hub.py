@@ -133,7 +133,7 @@ def keep_card_of_hub(
         ConnectionError: the Hub does not say whether there is a card.
     """
     local = Path(folder) / "README.md"
-    if local.exists() and MARKER not in local.read_text(encoding="utf-8", errors="replace"):
+    if local.is_file() and MARKER not in local.read_text(encoding="utf-8", errors="replace"):
         return
     card = _written_card(repo_id, token, revision)
     if card is not None:
