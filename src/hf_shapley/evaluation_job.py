@@ -27,6 +27,7 @@ from .metrics import (
     insertion_deletion,
     interaction_share,
 )
+from .terminal import say
 from .training_job import undecoded
 
 MEANINGS = {
@@ -42,7 +43,7 @@ MEANINGS = {
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor, Dataset]:
     """Model, image processor and the rows to measure on."""
     if options.model is None:
-        print("No --model: training a small one on digits.", file=sys.stderr)
+        say("No --model: training a small one on digits.", file=sys.stderr)
         model, processor = train_digits_model(epochs=options.epochs)
     else:
         model = AutoModelForImageClassification.from_pretrained(options.model).eval()
@@ -85,9 +86,9 @@ def measure(game: BatchedGame, attributions: Tensor, generator: torch.Generator)
 
 def print_table(table: dict[str, dict[str, float]]) -> None:
     """One row per measure, one column per method."""
-    print(f"{'':<26}" + "".join(f"{method:>15}" for method in table))
+    say(f"{'':<26}" + "".join(f"{method:>15}" for method in table))
     for name, meaning in MEANINGS.items():
-        print(f"{name:<26}" + "".join(f"{numbers[name]:>15.4g}" for numbers in table.values()) + f"   {meaning}")
+        say(f"{name:<26}" + "".join(f"{numbers[name]:>15.4g}" for numbers in table.values()) + f"   {meaning}")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -135,10 +136,10 @@ def run(options: argparse.Namespace) -> None:
     }
     write_json(options.output, results)
     if options.json:
-        print(json.dumps(results))
+        say(json.dumps(results))
     else:
         print_results(results, len(rows))
-        print(f"Wrote {options.output}.")
+        say(f"Wrote {options.output}.")
 
 
 def print_results(results: dict, images: int) -> None:
@@ -146,7 +147,7 @@ def print_results(results: dict, images: int) -> None:
     print_table(results["methods"])
     certificate = results["certificate"]
     low, high = certificate["error_ratio_interval"]
-    print(
+    say(
         f"\nSquared distance of the model's attributions to the exact Shapley values of {images} pictures,\n"
         f"over the variance of those: {certificate['error_ratio']:.4f}, 0 is exact; "
         f"{certificate['confidence']:.0%} confidence interval {low:.4f} to {high:.4f}.\n"

@@ -4,7 +4,6 @@ A map holds one attribution per patch, (h, w) row-major, in logits. Its zero mea
 diverge from white at 0 and one scale, the same on both sides of 0, holds for a whole figure.
 """
 
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from .checks import check_count, check_number, check_pair, check_sequence, describe
+from .checks import check_count, check_number, check_pair, check_sequence, describe, printable
 from .images import to_rgb
 
 if TYPE_CHECKING:
@@ -362,16 +361,10 @@ def _draw_block(
         _set_title(panel, label, f"\nsum {attribution_map.sum():+.2f}")
 
 
-def _printable(text: str) -> str:
-    """The text without control and invisible characters, which would spoil a figure or turn around what it says."""
-    hidden = {letter for letter in str(text) if unicodedata.category(letter)[0] == "C" and letter != "\n"}
-    return str(text).translate({ord(letter): "\N{REPLACEMENT CHARACTER}" for letter in hidden})
-
-
 def _set_title(panel: Any, text: str, last: str = "") -> None:
     """Put a text above a panel, on lines no wider than it and in fonts that have its letters; then `last`."""
     matplotlib = _matplotlib()
-    lines = (" ".join(line.split()) for line in _printable(text).split("\n"))
+    lines = (" ".join(line.split()) for line in printable(text).split("\n"))
     text, families = _in_fonts("\n".join(lines))
     font = matplotlib.font_manager.FontProperties(family=families, size="small")
     measure = matplotlib.textpath.text_to_path.get_text_width_height_descent
