@@ -33,6 +33,7 @@ LAYERS = {
         "model_card",
         "interoperability",
         "hub",
+        "loading",
         "training_card",
         "dataset_explanations",
         "export",

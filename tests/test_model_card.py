@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_shapley.hub import _add_tags
 from hf_shapley.model_card import (
     MARKER,
     ShapleyModelCard,
@@ -188,6 +189,21 @@ def test_a_loaded_card_is_saved_unchanged(results, tmp_path):
     loaded = ShapleyModelCard.load(tmp_path / "README.md")
     assert str(loaded) == card
     assert isinstance(loaded.data, ShapleyModelCardData)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["a: !!python/object/apply:os.getcwd []", "tags: [", "tags: 5", "a: &a [*a, *b]"],
+    ids=lambda text: text[:8],
+)
+def test_metadata_that_cannot_be_read_are_named(header, tmp_path):
+    """The parser's own errors, which say neither what is wrong nor where, reach nobody."""
+    path = tmp_path / "README.md"
+    path.write_text(f"---\n{header}\n---\n# Mine\n")
+    for read in (lambda: ShapleyModelCard.load(path), lambda: _add_tags(path, ["toy"])):
+        with pytest.raises(ValueError, match="metadata of the card"):
+            read()
+    assert path.read_text().endswith("# Mine\n")
 
 
 # ---- text

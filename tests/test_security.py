@@ -35,6 +35,7 @@ from hf_shapley import (
     write_model_card,
 )
 from hf_shapley.cli import main
+from hf_shapley.loading import ForeignCodeError
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "gradio_demo"
@@ -155,6 +156,23 @@ def test_code_of_an_unknown_architecture_runs_only_where_it_is_trusted(tmp_path,
     plant_code(folder, trace, model_type="evil", auto_map={"AutoConfig": "evil.Evil"})
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False)
+    assert not trace.exists()
+
+
+def test_code_of_an_image_processor_is_not_even_offered(tmp_path, trace, monkeypatch):
+    """Neither by the pipeline nor by the command line; transformers asks "Do you wish to run the custom code?"."""
+    folder, picture = save_model(tmp_path / "model"), tmp_path / "picture.png"
+    Image.new("RGB", (24, 16)).save(picture)
+    plant_code(folder, trace, architectures=["ViTForImageClassification"])
+    path = folder / "preprocessor_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**stored, "image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}})
+    )
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    with pytest.raises(ForeignCodeError, match="image processor of .* is code of that repository, which is not run"):
+        pipeline(TASK, model=str(folder), device="cpu")
+    assert main(["explain", str(picture), "--model", str(folder), "-o", str(tmp_path / "out.png")]) == 1
     assert not trace.exists()
 
 

@@ -227,8 +227,10 @@ def _load(name: str):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
-        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval()
-        processor = AutoImageProcessor.from_pretrained(name)
+        # Asked for nothing, transformers would offer, on the terminal, to run the repository's code.
+        options = {"trust_remote_code": False}
+        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32, **options).eval()
+        processor = AutoImageProcessor.from_pretrained(name, **options)
     except Exception as error:  # transformers raises many types on damaged files
         raise OSError(f"Cannot load the model {name!r}: {error}") from error
     if not hasattr(model, "explain"):

@@ -46,10 +46,10 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcess
         say("No --model: training a small one on digits.", file=sys.stderr)
         model, processor = train_digits_model(epochs=options.epochs)
     else:
-        model = AutoModelForImageClassification.from_pretrained(options.model).eval()
+        model = AutoModelForImageClassification.from_pretrained(options.model, trust_remote_code=False).eval()
         if not hasattr(model, "coalition_values"):
             raise ValueError(f"{options.model!r} does not explain itself: train it with ShapleyTrainer first.")
-        processor = AutoImageProcessor.from_pretrained(options.model)
+        processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
     if options.dataset is None:
         rows = digits_dataset()[options.split]
     else:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
 from .files import whole_file
-from .model_card import MARKER, render_model_card, write_model_card
+from .model_card import MARKER, reading_metadata, render_model_card, write_model_card
 
 
 def push_to_hub(
@@ -212,7 +212,8 @@ def _add_tags(readme: Path, tags: Sequence[str]) -> None:
     """Put tags that a card lacks into its metadata."""
     if not tags:
         return
-    card = ModelCard.load(readme)
+    with reading_metadata():
+        card = ModelCard.load(readme)
     missing = [tag for tag in dict.fromkeys(tags) if tag not in (card.data.tags or [])]
     if missing:
         card.data.tags = [*(card.data.tags or []), *missing]

@@ -21,7 +21,8 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -81,6 +82,24 @@ class ShapleyModelCard(ModelCard):
 
     card_data_class = ShapleyModelCardData
     default_template_path = Path(__file__).parent / "templates" / "model_card.md"
+
+    def __init__(self, content: str, ignore_metadata_errors: bool = False) -> None:
+        with reading_metadata():
+            super().__init__(content, ignore_metadata_errors)
+
+
+@contextmanager
+def reading_metadata() -> Iterator[None]:
+    """Say that a card's metadata cannot be read, where huggingface_hub lets errors of its YAML parser through."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            "The metadata of the card, between its two lines of `---`, must be plain YAML, got "
+            f"{' '.join(str(error).split())}: mend or delete them."
+        ) from error
 
 
 def render_model_card(

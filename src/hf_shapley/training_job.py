@@ -276,7 +276,8 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
     )
     if args.freeze_classifier or args.freeze_adapters:
         model.freeze_classifier(adapters=args.freeze_adapters)
-    return model, AutoImageProcessor.from_pretrained(args.model, revision=args.revision)
+    processor = AutoImageProcessor.from_pretrained(args.model, revision=args.revision, trust_remote_code=False)
+    return model, processor
 
 
 def _small(args: ModelArguments) -> dict:
