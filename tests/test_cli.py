@@ -11,6 +11,7 @@ from conftest import make_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from hf_shapley import render_model_card
 from hf_shapley.cli import main
 
 
@@ -166,6 +167,8 @@ def test_train_then_evaluate_on_digits(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
     assert printed["methods"]["model"]["efficiency_gap"] < 1e-5
+    assert printed["command"].startswith("hf-shapley evaluate --model model --split test --images 2")
+    assert str(tmp_path) not in render_model_card(printed, model_id="user/model")
     assert main(["evaluate", "--model", model, "--images", "1"]) == 1
     assert "--images" in capsys.readouterr().err
 

@@ -35,6 +35,7 @@ LAYERS = {
         "hub",
         "loading",
         "training_card",
+        "evaluation_card",
         "dataset_explanations",
         "export",
         "digits",

@@ -186,19 +186,20 @@ def _add_push(commands) -> None:
         commands,
         "push",
         _push,
-        "Publish a model with its code, image processor and card on the Hub, in one commit.",
+        "Publish a model with its code, image processor and card on the Hub, in one commit. What the model's own card "
+        "says of its training and evaluation stays in it.",
         "hf-shapley push outputs/demo/model me/digits-vit --private",
     )
     push.add_argument("model", help="folder (or Hub id) of a Shapley image classifier")
     push.add_argument("repo_id", help="where to: user/name; created if it does not exist")
-    push.add_argument("--results", help="JSON file of results for the card (see hf_shapley.model_card)")
+    push.add_argument("--results", help="JSON file of results to add to the card, as `hf-shapley evaluate` writes it")
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--revision", help="branch; created if it does not exist")
     push.add_argument("--message", default="Upload model", help="title of the commit")
 
 
 def _push(options: argparse.Namespace) -> None:
-    from .hub import push_to_hub
+    from .hub import card_of, push_to_hub
 
     results = _read_results(options.results) if options.results else None
     model, processor = _load(options.model)
@@ -207,6 +208,7 @@ def _push(options: argparse.Namespace) -> None:
         processor,
         options.repo_id,
         results=results,
+        card=card_of(options.model),
         private=options.private or None,
         revision=options.revision,
         commit_message=options.message,

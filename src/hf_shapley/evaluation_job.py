@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 
 from .certificate import attribution_error_certificate
 from .digits import digits_dataset, train_digits_model
+from .evaluation_card import evaluation_entries
 from .files import whole_file
 from .images import load_image
 from .metrics import (
@@ -134,6 +135,7 @@ def run(options: argparse.Namespace) -> None:
         "certificate": {name: x for name, x in asdict(certificate).items() if not isinstance(x, Tensor)},
         "settings": {name: str(x) for name, x in vars(options).items() if name not in ("run", "command")},
     }
+    results |= evaluation_entries(results, MEANINGS, vars(options), images=len(rows))
     write_json(options.output, results)
     if options.json:
         say(json.dumps(results))
