@@ -1,6 +1,9 @@
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from conftest import make_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from hf_shapley import render_model_card
 from hf_shapley.cli import main
 
 
@@ -50,6 +54,54 @@ def test_explain_draws_the_labels_asked_for(checkpoint, picture, tmp_path, capsy
     output = str(tmp_path / "out.png")
     assert main(["explain", picture, "--model", checkpoint, "-o", output, "--label", "kind 4", "--json"]) == 0
     assert [row["label"] for row in json.loads(capsys.readouterr().out)] == ["kind 4"]
+
+
+HOSTILE = "cat\x1b[2J\x9b31m\n\u732b: score 1.0000"
+
+
+@pytest.fixture
+def hostile_checkpoint(checkpoint):
+    """The same model with a name that would clear the screen, and forge a second answer."""
+    path = Path(checkpoint) / "config.json"
+    names = {str(i): HOSTILE if i == 0 else f"kind {i}" for i in range(5)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": names, "label2id": None}))
+    return checkpoint
+
+
+def test_names_cannot_give_orders_to_the_terminal(hostile_checkpoint, picture, tmp_path, capsys):
+    """Neither a label's nor an argument's: what is printed has one line per answer, and no control character."""
+    output = str(tmp_path / "out.png")
+    assert main(["explain", picture, "--model", hostile_checkpoint, "-o", output, "--label", HOSTILE]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("cat\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}31m \u732b: score")
+    for arguments in (
+        ["explain", f"{HOSTILE}.png", "--model", "m", "-o", f"{HOSTILE}.png"],
+        ["push", "a", "b", HOSTILE],
+    ):
+        with contextlib.suppress(SystemExit):
+            assert main(arguments) == 1
+        shown = capsys.readouterr().err
+        assert "cat" in shown
+        assert shown.replace("\n", "").isprintable()
+
+
+def test_a_console_of_few_letters_gets_escapes(hostile_checkpoint, picture, tmp_path, monkeypatch):
+    """On a console of code page 1252 a Chinese name ended the command in an error, after the picture was written."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    arguments = [
+        "explain",
+        picture,
+        "--model",
+        hostile_checkpoint,
+        "-o",
+        str(tmp_path / "out.png"),
+        "--label",
+        HOSTILE,
+    ]
+    assert main(arguments) == 0
+    console.seek(0)
+    assert "\\u732b: score" in console.read()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +181,8 @@ def test_train_then_evaluate_on_digits(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
     assert printed["methods"]["model"]["efficiency_gap"] < 1e-5
+    assert printed["command"].startswith("hf-shapley evaluate --model model --split test --images 2")
+    assert str(tmp_path) not in render_model_card(printed, model_id="user/model")
     assert main(["evaluate", "--model", model, "--images", "1"]) == 1
     assert "--images" in capsys.readouterr().err
 

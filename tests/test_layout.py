@@ -20,6 +20,7 @@ LAYERS = {
         "labels",
         "version",
         "images",
+        "terminal",
         "visualization",
     ],
     # A model saves the pipeline's code with its own.
@@ -42,7 +43,9 @@ LAYERS = {
         "model_card",
         "interoperability",
         "hub",
+        "loading",
         "training_card",
+        "evaluation_card",
         "dataset_explanations",
         "export",
         "digits",

@@ -29,6 +29,7 @@ from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
 from .hub import push_to_hub
 from .images import load_image, to_rgb
+from .loading import ModelForPipeline
 from .losses import (
     coalition_label_loss,
     coalition_loss,
@@ -211,7 +212,7 @@ def _register() -> None:
         AutoModelForImageClassification.register(config, model, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
-        TASK, ShapleyImageClassificationPipeline, pt_model=AutoModelForImageClassification, type="image"
+        TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
     )
     # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
     for published in (*(model for _, model, _ in families), ShapleyImageClassificationPipeline):

@@ -437,6 +437,7 @@ class ShapleyImageClassifierMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         name = str(pretrained_model_name_or_path)
+        cls.config_class.check_stored_sizes(pretrained_model_name_or_path, **kwargs)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

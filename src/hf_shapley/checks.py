@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
+from unicodedata import category
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ def describe(value: Any) -> str:
         return f"shape {tuple(value.shape)} of {value.dtype}"
     text = repr(value)
     return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def printable(text: Any) -> str:
+    """The text without control and invisible characters, which can turn around or repaint what it says."""
+    hidden = {letter for letter in str(text) if category(letter)[0] == "C" and letter != "\n"}
+    return str(text).translate({ord(letter): "\N{REPLACEMENT CHARACTER}" for letter in hidden})
 
 
 def check_count(value: Any, name: str, minimum: int = 1, fix: str = "give a whole number") -> None:

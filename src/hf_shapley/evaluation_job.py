@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 
 from .certificate import attribution_error_certificate
 from .digits import digits_dataset, train_digits_model
+from .evaluation_card import evaluation_entries
 from .files import whole_file
 from .images import load_image
 from .metrics import (
@@ -27,6 +28,7 @@ from .metrics import (
     insertion_deletion,
     interaction_share,
 )
+from .terminal import say
 from .training_job import undecoded
 
 MEANINGS = {
@@ -42,13 +44,13 @@ MEANINGS = {
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor, Dataset]:
     """Model, image processor and the rows to measure on."""
     if options.model is None:
-        print("No --model: training a small one on digits.", file=sys.stderr)
+        say("No --model: training a small one on digits.", file=sys.stderr)
         model, processor = train_digits_model(epochs=options.epochs)
     else:
-        model = AutoModelForImageClassification.from_pretrained(options.model).eval()
+        model = AutoModelForImageClassification.from_pretrained(options.model, trust_remote_code=False).eval()
         if not hasattr(model, "coalition_values"):
             raise ValueError(f"{options.model!r} does not explain itself: train it with ShapleyTrainer first.")
-        processor = AutoImageProcessor.from_pretrained(options.model)
+        processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
     if options.dataset is None:
         rows = digits_dataset()[options.split]
     else:
@@ -85,9 +87,9 @@ def measure(game: BatchedGame, attributions: Tensor, generator: torch.Generator)
 
 def print_table(table: dict[str, dict[str, float]]) -> None:
     """One row per measure, one column per method."""
-    print(f"{'':<26}" + "".join(f"{method:>15}" for method in table))
+    say(f"{'':<26}" + "".join(f"{method:>15}" for method in table))
     for name, meaning in MEANINGS.items():
-        print(f"{name:<26}" + "".join(f"{numbers[name]:>15.4g}" for numbers in table.values()) + f"   {meaning}")
+        say(f"{name:<26}" + "".join(f"{numbers[name]:>15.4g}" for numbers in table.values()) + f"   {meaning}")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -133,12 +135,13 @@ def run(options: argparse.Namespace) -> None:
         "certificate": {name: x for name, x in asdict(certificate).items() if not isinstance(x, Tensor)},
         "settings": {name: str(x) for name, x in vars(options).items() if name not in ("run", "command")},
     }
+    results |= evaluation_entries(results, MEANINGS, vars(options), images=len(rows))
     write_json(options.output, results)
     if options.json:
-        print(json.dumps(results))
+        say(json.dumps(results))
     else:
         print_results(results, len(rows))
-        print(f"Wrote {options.output}.")
+        say(f"Wrote {options.output}.")
 
 
 def print_results(results: dict, images: int) -> None:
@@ -146,7 +149,7 @@ def print_results(results: dict, images: int) -> None:
     print_table(results["methods"])
     certificate = results["certificate"]
     low, high = certificate["error_ratio_interval"]
-    print(
+    say(
         f"\nSquared distance of the model's attributions to the exact Shapley values of {images} pictures,\n"
         f"over the variance of those: {certificate['error_ratio']:.4f}, 0 is exact; "
         f"{certificate['confidence']:.0%} confidence interval {low:.4f} to {high:.4f}.\n"

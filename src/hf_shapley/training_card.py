@@ -66,7 +66,13 @@ def render_training_card(
         "training": _recipe(trainer),
     }
     data = ShapleyModelCardData.from_results(results, language=language)
-    data.tags = list(dict.fromkeys([*(data.tags or []), *(tag for given in tags for tag in _as_list(given))]))
+    adapters = getattr(trainer.model, "peft_config", None) or {}
+    if adapters:
+        data.library_name = "peft"  # what is saved are adapters, which take that library
+    kinds = [str(getattr(adapter.peft_type, "value", adapter.peft_type)).lower() for adapter in adapters.values()]
+    data.tags = list(
+        dict.fromkeys([*(data.tags or []), *(tag for given in [*tags, kinds] for tag in _as_list(given))])
+    )
     return render_model_card(results, model_id=model_id, data=data)
 
 

@@ -355,7 +355,8 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
     _fit_classifier(args, model, info, known)
     if args.freeze_classifier or args.freeze_adapters:
         model.freeze_classifier(adapters=args.freeze_adapters)
-    return model, AutoImageProcessor.from_pretrained(args.model, revision=args.revision)
+    processor = AutoImageProcessor.from_pretrained(args.model, revision=args.revision, trust_remote_code=False)
+    return model, processor
 
 
 def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str, Any], known: dict[int, str]) -> None:
