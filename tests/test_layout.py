@@ -25,6 +25,7 @@ LAYERS = {
         "hub",
         "training_card",
         "dataset_explanations",
+        "dataset_images",
         "export",
         "digits",
     ],

@@ -736,7 +736,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(ours, theirs, tmp_path)
     [
         (torch.zeros(3, 16, 24), "must be of shape"),
         (torch.zeros(0, 3, 16, 24), "batch > 0"),
-        (torch.zeros(1, 1, 16, 24), "3 channels, got 1"),
+        (torch.zeros(1, 1, 16, 24), "3 channels.* got 1 in shape.*image processor"),
+        (torch.zeros(1, 16, 24, 3), r"3 channels.* got 16 in shape \(1, 16, 24, 3\): permute\(0, 3, 1, 2\)"),
         (torch.zeros(1, 3, 16, 24, dtype=torch.uint8), "floating point"),
         (torch.zeros(1, 3, 17, 24), r"resize or crop|use the image processor"),
         (torch.full((1, 3, 16, 24), torch.nan), "must be finite"),

@@ -8,7 +8,16 @@ from test_layout import MODULES, packages, relative_imports
 import hf_shapley
 
 # Public within the package: what users reach through something else, such as the command line or the Trainer.
-INTERNAL_MODULES = {"checks", "cli", "demo", "evaluation_job", "files", "training_card", "training_job"}
+INTERNAL_MODULES = {
+    "checks",
+    "cli",
+    "dataset_images",
+    "demo",
+    "evaluation_job",
+    "files",
+    "training_card",
+    "training_job",
+}
 INTERNAL = {
     "attribution_head": {
         "CoalitionAdapter",
@@ -33,11 +42,13 @@ INTERNAL = {
     "configuration_shapley": {"ShapleyConfigMixin"},
     "digits": {"label_maps", "trainable"},
     "hub": {"keep_card_of_hub", "label_names", "push_with_card"},
+    "images": {"is_array"},
     "interoperability": {"ImageGame"},
     "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
     "modeling_shapley_convnext": {"DepthwiseConv2d", "InfluenceConvNextLayer", "ShapleyConvNextLayer"},
     "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP"},
-    "pipeline_shapley": {"custom_pipelines"},
+    "pipeline_shapley": {"custom_pipelines", "label_scores", "pixel_values_of", "score_function"},
+    "visualization": {"check_enlargement"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
 
