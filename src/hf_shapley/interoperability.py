@@ -12,7 +12,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attribution_head import _evaluating
 from .checks import check_finite, check_floats, known_labels
-from .images import load_image
+from .dataset_images import read_pictures, undecoded
+from .pipeline_shapley import pixel_values_of
 
 if TYPE_CHECKING:
     from shap import Explanation
@@ -168,6 +169,7 @@ def add_attributions(
     image_column: str = "image",
     label_column: str | None = None,
     batch_size: int = 8,
+    skip_unreadable: bool = False,
 ) -> Dataset | IterableDataset:
     """Explain every image of a data set and keep the result beside it.
 
@@ -178,6 +180,8 @@ def add_attributions(
         image_column: column of images, or of anything that `load_image` reads.
         label_column: column of the labels (ids or names) to explain; None = the predicted label.
         batch_size: images in one forward.
+        skip_unreadable: leave out rows whose image cannot be read, each with a warning in the log; False stops at the
+            first.
 
     Returns:
         The data set with four more columns: `attributions` (h rows of w float32, in logits), `attributions_label`
@@ -185,7 +189,7 @@ def add_attributions(
 
     Raises:
         TypeError: not one split of a data set.
-        ValueError: a column is missing, or is there already.
+        ValueError: a column is missing, or is there already; an image cannot be read.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
@@ -206,19 +210,27 @@ def add_attributions(
             f"Columns {missing or taken} are {'missing' if missing else 'there already'}: got {list(features)}."
         )
 
-    def explain(batch: dict[str, list]) -> dict[str, list]:
-        images = [load_image(image) for image in batch[image_column]]
-        label_ids = None if label_column is None else torch.tensor([_label_id(model, x) for x in batch[label_column]])
-        return dict(zip(added, _explain(model, processor, images, label_ids), strict=True))
+    mode = getattr(features[image_column], "mode", None)
 
-    return dataset.map(explain, batched=True, batch_size=batch_size, features=Features({**features, **added}))
+    def explain(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        positions, images = read_pictures(
+            batch[image_column], rows, processor, mode=mode, skip_unreadable=skip_unreadable
+        )
+        kept = {name: [values[position] for position in positions] for name, values in batch.items()}
+        label_ids = None if label_column is None else torch.tensor([_label_id(model, x) for x in kept[label_column]])
+        columns = _explain(model, processor, images, label_ids) if images else [[]] * len(added)
+        return {**kept, **dict(zip(added, columns, strict=True))}
+
+    return undecoded(dataset, image_column).map(
+        explain, with_indices=True, batched=True, batch_size=batch_size, features=Features({**features, **added})
+    )
 
 
 def _explain(
     model: PreTrainedModel, processor: BaseImageProcessor, images: list, label_ids: Tensor | None
 ) -> list[list]:
     """Maps (B, h, w), label ids, base values and logits (B) of one label per image, as lists."""
-    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    pixel_values = pixel_values_of(images, processor, model.config).to(model.device, model.dtype)
     with torch.no_grad(), _evaluating(model):
         outputs = model(pixel_values, attributed=1 if label_ids is None else label_ids.unsqueeze(1))
     maps = outputs.attributions.squeeze(2).unflatten(1, model.grid_size(*pixel_values.shape[-2:]))  # (B, h, w)
