@@ -9,9 +9,17 @@ import pytest
 import torch
 from conftest import make_model
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextImageProcessorPil,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
-from hf_shapley import render_model_card
+from hf_shapley import digits_dataset, insertion_deletion, render_model_card
 from hf_shapley.cli import main
 
 
@@ -102,6 +110,80 @@ def test_a_console_of_few_letters_gets_escapes(hostile_checkpoint, picture, tmp_
     assert main(arguments) == 0
     console.seek(0)
     assert "\\u732b: score" in console.read()
+
+
+@pytest.mark.parametrize("options", [{"num_labels": 1}, {"problem_type": "regression"}, {}], ids=str)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_explain_gives_the_stock_pipelines_scores(options, multi_label, picture, tmp_path, capsys):
+    if multi_label:
+        options = {"problem_type": "multi_label_classification", **options}
+    folder = str(tmp_path / "model")
+    make_model("vit", **options).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
+    assert main(["explain", picture, "--model", folder, "-o", str(tmp_path / "x.png"), "--top-k", "1", "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    # transformers 5.23 does this by itself, its predecessors do not.
+    function = {"function_to_apply": "none"} if options.get("problem_type") == "regression" else {}
+    (expected,) = pipeline("image-classification", model=folder, device="cpu")(picture, top_k=1, **function)
+    assert answer["label"] == expected["label"]
+    assert answer["score"] == pytest.approx(expected["score"], abs=1e-4)
+
+
+def test_explain_takes_names_before_ids(checkpoint, picture, tmp_path, capsys):
+    """`--label 3` is the label of that name if there is one, else the label of that id."""
+    arguments = ["explain", picture, "-o", str(tmp_path / "out.png"), "--json"]
+    assert main([*arguments, "--model", checkpoint, "--label", "3", "--label", "kind 0"]) == 0
+    assert [row["label"] for row in json.loads(capsys.readouterr().out)] == ["kind 3", "kind 0"]
+    model = make_model("vit", id2label={i: str(9 - i) for i in range(5)})
+    model.save_pretrained(checkpoint)
+    assert main([*arguments, "--model", checkpoint, "--label", "9", "--label", "2"]) == 0
+    found = {row["label"]: row["logit"] for row in json.loads(capsys.readouterr().out)}
+    pixels = ViTImageProcessorPil.from_pretrained(checkpoint)(Image.open(picture).convert("RGB"), return_tensors="pt")
+    logits = model(**pixels).logits[0]
+    assert found == pytest.approx({"9": logits[0].item(), "7": logits[2].item()}, abs=1e-5)
+    assert main([*arguments, "--model", checkpoint, "--label", "12"]) == 1
+    assert "an id, an integer below 5, got 12" in capsys.readouterr().err
+
+
+def test_explain_gives_a_model_of_grey_images_grey_levels(picture, tmp_path, capsys):
+    folder = str(tmp_path / "model")
+    model = make_model("vit", num_channels=1)
+    model.save_pretrained(folder)
+    grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])
+    grey.save_pretrained(folder)
+    output = str(tmp_path / "out.png")
+    assert main(["explain", picture, "--model", folder, "-o", output, "--top-k", "1", "--json"]) == 0
+    logits = model(**grey(Image.open(picture), return_tensors="pt")).logits[0]
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["logit"] == pytest.approx(logits.max().item(), abs=1e-5)
+
+
+def test_explain_refuses_what_would_be_enlarged_beyond_measure(tmp_path, capsys):
+    make_model("convnext").save_pretrained(tmp_path / "model")
+    ConvNextImageProcessorPil(size={"shortest_edge": 224}).save_pretrained(tmp_path / "model")
+    Image.new("1", (1, 20_000)).save(tmp_path / "long.png")
+    output = str(tmp_path / "out.png")
+    assert main(["explain", str(tmp_path / "long.png"), "--model", str(tmp_path / "model"), "-o", output]) == 1
+    assert "enlarge it to 256 x 5120000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, link", [({"num_labels": 1}, "sigmoid"), ({"problem_type": "regression"}, "logit"), ({}, "probability")]
+)
+def test_evaluate_follows_the_scores_of_the_model(options, link, tmp_path, capsys):
+    folder = str(tmp_path / "model")
+    make_model("vit", **options).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
+    arguments = ["evaluate", "--model", folder, "--images", "2", "--budget", "64", "-o", str(tmp_path / "out.json")]
+    assert main([*arguments, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["link"] == link
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    images = [row["image"].convert("RGB") for row in digits_dataset()["test"].select(range(2))]
+    pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    own = model.explain(pixels).flatten(2).transpose(1, 2)
+    curves = insertion_deletion(lambda x: model.coalition_values(pixels, x), own, link=link)
+    assert results["methods"]["model"]["insertion_auc"] == pytest.approx(curves.insertion_auc.mean().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

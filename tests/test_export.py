@@ -39,7 +39,7 @@ def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block
 def test_an_onnx_file_takes_any_batch_size_and_gives_the_same(backbone, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
+    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0])
     path = export_onnx(model, tmp_path / "folder" / "model.onnx", image_size=SIZE)
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(path)

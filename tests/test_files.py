@@ -178,7 +178,7 @@ def test_cards_and_results_stay_as_they_were_on_a_full_disk(write, tmp_path):
 
 def test_weights_are_whole_or_the_older_ones_on_a_full_disk(checkpoint, tmp_path):
     newer = make_model("vit", seed=1)
-    with room(50_000):
+    with room(64_000):
         for folder in (checkpoint, tmp_path / "new"):
             with pytest.raises(SafetensorError, match=NO_ROOM):
                 newer.save_pretrained(folder)
@@ -190,7 +190,7 @@ def test_weights_are_whole_or_the_older_ones_on_a_full_disk(checkpoint, tmp_path
 
 
 def test_a_push_from_a_full_disk_ends_before_the_hub_hears_of_it():
-    with room(50_000), pytest.raises(SafetensorError, match=NO_ROOM):
+    with room(64_000), pytest.raises(SafetensorError, match=NO_ROOM):
         push_to_hub(make_model("vit"), PROCESSOR, "tester/model")  # which is offline, and would say so
 
 
@@ -220,7 +220,7 @@ def test_explanations_of_a_data_set_go_on_after_a_full_disk(tmp_path):
     assert load_explanations(output)["row"][:] == list(range(10))
 
 
-@pytest.mark.parametrize("size", [50_000, 500_000], ids=["weights", "optimizer"])
+@pytest.mark.parametrize("size", [64_000, 500_000], ids=["weights", "optimizer"])
 def test_training_ends_in_a_message_and_without_half_a_checkpoint_on_a_full_disk(size, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--max_train_samples", "32", "--max_eval_samples", "8", "--num_train_epochs", "1", "--use_cpu"]

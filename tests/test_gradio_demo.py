@@ -14,8 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from conftest import make_model
 from PIL import Image
-from transformers import pipeline
+from transformers import ConvNextImageProcessorPil, pipeline
 
 from hf_shapley.digits import train_digits_model
 from hf_shapley.pipeline_shapley import TASK
@@ -115,6 +116,31 @@ def test_too_large_and_broken_pictures_are_refused(demo, classifier, tmp_path):
     broken.write_bytes(b"no picture")
     with pytest.raises(gradio.Error, match="Cannot read"):
         demo.Answers(classifier).on_picture(str(broken))
+
+
+def test_a_file_that_is_no_picture_is_answered_by_the_library(demo, classifier, tmp_path):
+    """Gradio itself looks into no file that comes in: what it raised there left a blank page and no message."""
+    path = tmp_path / "text.jpg"
+    path.write_text("no picture")
+    given = demo._source(()).preprocess(gradio.data_classes.ImageData(path=str(path), orig_name="text.jpg"))
+    with pytest.raises(gradio.Error, match="no known format"):
+        demo.Answers(classifier).on_picture(given)
+    assert demo._source(()).preprocess(None) is None
+
+
+def test_a_refusal_speaks_to_visitors(demo, classifier, tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("1", (5001, 5000)).save(path)
+    with pytest.raises(gradio.Error, match="25000000 pixels .* Downscale the picture") as refused:
+        demo.Answers(classifier).on_picture(str(path))
+    assert "max_pixels" not in str(refused.value)
+
+
+def test_a_picture_that_would_be_enlarged_beyond_measure_is_refused(demo):
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 224})
+    classifier = pipeline(TASK, model=make_model("convnext"), image_processor=processor, device="cpu")
+    with pytest.raises(ValueError, match="enlarge it to 5120000 x 256"):
+        demo.explain(classifier, encoded(Image.new("1", (20_000, 1))))
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ LAYERS = {
         "training_card",
         "evaluation_card",
         "dataset_explanations",
+        "dataset_images",
         "export",
         "digits",
     ],

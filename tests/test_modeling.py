@@ -600,7 +600,7 @@ def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(atte
 
 @pytest.mark.parametrize("offloaded", ["embeddings", "layers", "classifier", "attribution_head", "coalition_adapters"])
 def test_any_part_may_be_offloaded(backbone, offloaded, pixel_values, tmp_path):
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
+    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0])
     model.save_pretrained(tmp_path / "model")
     parts = [f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_children()]
     device_map = dict.fromkeys([*parts, "classifier", "attribution_head", "coalition_adapters"], "cpu")
@@ -731,7 +731,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(ours, theirs, tmp_path)
     [
         (torch.zeros(3, 16, 24), "must be of shape"),
         (torch.zeros(0, 3, 16, 24), "batch > 0"),
-        (torch.zeros(1, 1, 16, 24), "3 channels, got 1"),
+        (torch.zeros(1, 1, 16, 24), "3 channels.* got 1 in shape.*image processor"),
+        (torch.zeros(1, 16, 24, 3), r"3 channels.* got 16 in shape \(1, 16, 24, 3\): permute\(0, 3, 1, 2\)"),
         (torch.zeros(1, 3, 16, 24, dtype=torch.uint8), "floating point"),
         (torch.zeros(1, 3, 17, 24), r"resize or crop|use the image processor"),
         (torch.full((1, 3, 16, 24), torch.nan), "must be finite"),

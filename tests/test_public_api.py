@@ -11,11 +11,14 @@ import hf_shapley
 INTERNAL_MODULES = {
     "checks",
     "cli",
+    "dataset_images",
     "demo",
+    "evaluation_card",
     "evaluation_job",
     "files",
     "labels",
     "picture_rows",
+    "terminal",
     "training_card",
     "training_job",
 }
@@ -55,12 +58,23 @@ INTERNAL = {
         "exact_estimate",
         "with_complements",
     },
-    "hub": {"keep_card_of_hub", "label_names", "push_with_card"},
+    "hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card"},
+    "images": {"is_array"},
     "interoperability": {"ImageGame"},
-    "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
+    "loading": {"ForeignCodeError", "ModelForPipeline"},
+    "model_card": {
+        "escape_markdown",
+        "format_number",
+        "is_generated",
+        "merge_results",
+        "numbers_in_card",
+        "reading_metadata",
+        "results_of_card",
+    },
     "modeling_shapley_convnext": {"DepthwiseConv2d", "InfluenceConvNextLayer", "ShapleyConvNextLayer"},
     "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP"},
-    "pipeline_shapley": {"custom_pipelines"},
+    "pipeline_shapley": {"custom_pipelines", "label_scores", "pixel_values_of", "score_function"},
+    "visualization": {"check_enlargement"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
 

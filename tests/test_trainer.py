@@ -140,7 +140,7 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
         return output.logits, model.coalition_values(pixels, coalitions), output.attributions
 
     before = played()
-    recipe = refinement_recipe(1e-2) if adapters == "frozen" else fine_tuning_recipe(1e-2)[1]
+    recipe = refinement_recipe(1e-2) if adapters == "frozen" else fine_tuning_recipe(1e-2, game="adapted")[1]
     recipe |= {"shapley_warmup": 0.0, "shapley_every": 2}
     make_trainer(tmp_path, model, num_train_epochs=3, weight_decay=0.1, **recipe).train()
     after = played()
@@ -260,8 +260,8 @@ def test_the_base_values_get_no_gradient_from_the_shapley_term(tmp_path):
     assert gradients(tmp_path, value_gradient=0.0)["classifier.bias"].abs().max() == 0
 
 
-def test_with_the_recommended_recipe_the_labels_alone_teach_the_classifier(backbone, tmp_path):
-    model_options, training_options = fine_tuning_recipe(backbone=backbone)
+def test_with_adapters_the_labels_alone_teach_the_classifier(backbone, tmp_path):
+    model_options, training_options = fine_tuning_recipe(backbone=backbone, game="adapted")
     model = make_model(backbone, **model_options).train()
     batch = batch_of(images(4))
 

@@ -64,7 +64,7 @@ def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
 
 
 def test_the_card_names_every_option_of_the_head_that_was_set(tmp_path):
-    make_trainer(tmp_path, model=fine_tuning_recipe()[0]).create_model_card()
+    make_trainer(tmp_path, model=fine_tuning_recipe(game="adapted")[0]).create_model_card()
     text = card_in(tmp_path).text
     for setting in ("influence own layers: 1", "influence gradient: 0", "coalition gradient: 0"):
         assert setting in text

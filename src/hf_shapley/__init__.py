@@ -29,7 +29,6 @@ from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
 from .hub import push_to_hub
 from .images import load_image, to_rgb
-from .loading import ModelForPipeline
 from .losses import (
     coalition_label_loss,
     coalition_loss,
@@ -197,6 +196,7 @@ def __dir__() -> list[str]:
 def _register() -> None:
     """Make the Auto classes and pipelines of transformers know our models, and our models know our cards."""
     from .hub import push_with_card
+    from .loading import ModelForPipeline
 
     families = [
         (ShapleyViTConfig, ShapleyViTForImageClassification, ViTImageProcessorPil),

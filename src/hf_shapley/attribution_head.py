@@ -832,8 +832,11 @@ class ShapleyImageClassifierMixin:
                 f"`pixel_values` must be floating point, got {pixel_values.dtype}: use the image processor."
             )
         if pixel_values.shape[1] != self.config.num_channels:
+            channels_last = pixel_values.shape[3] == self.config.num_channels
+            fix = "permute(0, 3, 1, 2) puts the channels first" if channels_last else "use the model's image processor"
             raise ValueError(
-                f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."
+                f"`pixel_values` must have {self.config.num_channels} channels, (batch, channels, height, width), got "
+                f"{pixel_values.shape[1]} in shape {tuple(pixel_values.shape)}: {fix}."
             )
         check_device(pixel_values, "pixel_values", self._input_device)
         grid = self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))

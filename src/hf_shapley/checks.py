@@ -109,8 +109,8 @@ def known_labels(labels: Any, id2label: Mapping[int, str], name: str = "labels")
     unknown = [repr(label) for label, found in zip(labels, matches, strict=True) if not found]
     if unknown or not matches:
         raise ValueError(
-            f"Unknown labels in `{name}`: A label must be one of {list(id2label.values())[:20]} or an id below "
-            f"{len(id2label)}, got {', '.join(unknown) or 'none'}."
+            f"Unknown labels in `{name}`: A label must be one of {list(id2label.values())[:20]} or an id, an integer "
+            f"below {len(id2label)}, got {', '.join(unknown) or 'none'}."
         )
     for label, found in zip(labels, matches, strict=True):
         if len(found) > 1:

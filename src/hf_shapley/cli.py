@@ -136,7 +136,7 @@ def _add_explain(commands) -> None:
     explain.add_argument("--model", required=True, help="folder or Hub id of a Shapley image classifier")
     explain.add_argument("-o", "--output", required=True, help="picture to write (.png, .jpg, .svg or .pdf)")
     explain.add_argument("--top-k", type=int, default=2, help="how many of the likeliest labels to draw")
-    explain.add_argument("--label", action="append", help="label to draw instead (may be repeated)")
+    explain.add_argument("--label", action="append", help="name or id of a label to draw instead (may be repeated)")
     explain.add_argument("--json", action="store_true", help="print labels, logits and attributions as JSON")
 
 
@@ -144,32 +144,37 @@ def _explain(options: argparse.Namespace) -> None:
     import torch
 
     from .images import load_image
+    from .pipeline_shapley import label_scores, pixel_values_of, score_function
     from .visualization import attribution_figure, processor_geometry
 
     if Path(options.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         raise ValueError(f"`--output` must end in .png, .jpg, .svg or .pdf, got {options.output!r}.")
     image = load_image(options.image)
     model, processor = _load(options.model)
-    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    pixels = pixel_values_of(image, processor, model.config)
     num_labels = model.config.num_labels
     if not 1 <= options.top_k <= num_labels:
         raise ValueError(f"`--top-k` must lie in [1, {num_labels}], got {options.top_k}.")
+    chosen = [_label(label, model.config.id2label) for label in options.label or ()]
     with torch.no_grad():
-        outputs = model(pixels, attributed=options.label or options.top_k)
+        outputs = model(pixels, attributed=chosen or options.top_k)
     logits, ids = outputs.logits[0], outputs.attributed_labels[0].tolist()
+    scores = label_scores(logits, model.config)
     labels = [model.config.id2label[index] for index in ids]
     maps = outputs.attributions[0].T.unflatten(1, model.grid_size(*pixels.shape[-2:]))  # (labels, h, w)
     answer = [
         {
             "label": label,
-            "score": logits.softmax(-1)[index].item(),
+            "score": scores[index].item(),
             "logit": logits[index].item(),
             "base_value": outputs.base_values[index].item(),
             "attributions": values.tolist(),
         }
         for label, index, values in zip(labels, ids, maps, strict=True)
     ]
-    titles = [f"{row['label']} ({row['score']:.1%})" for row in answer]
+    # What a regression gives is no probability.
+    form = ".3f" if score_function(model.config) == "none" else ".1%"
+    titles = [f"{row['label']} ({row['score']:{form}})" for row in answer]
     figure = attribution_figure(image, maps, titles, box=processor_geometry(processor, image.size))
     with whole_file(options.output) as draft:
         figure.savefig(draft)
@@ -179,6 +184,11 @@ def _explain(options: argparse.Namespace) -> None:
         for row in answer:
             label = " ".join(str(row["label"]).split())  # a name of two lines could be taken for two labels
             say(f"{label}: score {row['score']:.4f}, logit {row['logit']:.3f}")
+
+
+def _label(text: str, id2label):
+    """A label as the command line has it: its name, or the id of one whose name is another."""
+    return int(text) if text not in id2label.values() and text.isdecimal() else text
 
 
 def _add_push(commands) -> None:

@@ -12,8 +12,9 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attribution_head import _evaluating
 from .checks import check_finite, check_floats, known_labels
-from .images import load_image
+from .dataset_images import read_pictures, undecoded
 from .labels import given_names, ids_by_name
+from .pipeline_shapley import pixel_values_of
 
 if TYPE_CHECKING:
     from shap import Explanation
@@ -169,6 +170,7 @@ def add_attributions(
     image_column: str = "image",
     label_column: str | None = None,
     batch_size: int = 8,
+    skip_unreadable: bool = False,
 ) -> Dataset | IterableDataset:
     """Explain every image of a data set and keep the result beside it.
 
@@ -180,6 +182,8 @@ def add_attributions(
         label_column: column of the labels (ids or names) to explain; None = the predicted label. Classes of a
             `ClassLabel` are the model's labels of the same names, whatever their ids.
         batch_size: images in one forward.
+        skip_unreadable: leave out rows whose image cannot be read, each with a warning in the log; False stops at the
+            first.
 
     Returns:
         The data set with four more columns: `attributions` (h rows of w float32, in logits), `attributions_label`
@@ -187,7 +191,7 @@ def add_attributions(
 
     Raises:
         TypeError: not one split of a data set.
-        ValueError: a column is missing, or is there already; a label is none of the model's.
+        ValueError: a column is missing, or is there already; a label is none of the model's; an image cannot be read.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
@@ -209,22 +213,29 @@ def add_attributions(
         )
 
     ids = _ids_of_classes(model, None if label_column is None else features[label_column])
+    mode = getattr(features[image_column], "mode", None)
 
-    def explain(batch: dict[str, list]) -> dict[str, list]:
-        images = [load_image(image) for image in batch[image_column]]
+    def explain(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        positions, images = read_pictures(
+            batch[image_column], rows, processor, mode=mode, skip_unreadable=skip_unreadable
+        )
+        kept = {name: [values[position] for position in positions] for name, values in batch.items()}
         label_ids = None
         if label_column is not None:
-            label_ids = torch.tensor([_label_id(model, ids.get(x, x)) for x in batch[label_column]])
-        return dict(zip(added, _explain(model, processor, images, label_ids), strict=True))
+            label_ids = torch.tensor([_label_id(model, ids.get(x, x)) for x in kept[label_column]])
+        columns = _explain(model, processor, images, label_ids) if images else [[]] * len(added)
+        return {**kept, **dict(zip(added, columns, strict=True))}
 
-    return dataset.map(explain, batched=True, batch_size=batch_size, features=Features({**features, **added}))
+    return undecoded(dataset, image_column).map(
+        explain, with_indices=True, batched=True, batch_size=batch_size, features=Features({**features, **added})
+    )
 
 
 def _explain(
     model: PreTrainedModel, processor: BaseImageProcessor, images: list, label_ids: Tensor | None
 ) -> list[list]:
     """Maps (B, h, w), label ids, base values and logits (B) of one label per image, as lists."""
-    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    pixel_values = pixel_values_of(images, processor, model.config).to(model.device, model.dtype)
     with torch.no_grad(), _evaluating(model):
         outputs = model(pixel_values, attributed=1 if label_ids is None else label_ids.unsqueeze(1))
     maps = outputs.attributions.squeeze(2).unflatten(1, model.grid_size(*pixel_values.shape[-2:]))  # (B, h, w)

@@ -35,6 +35,7 @@ from .images import load_image
 from .labels import class_names, given_names, ids_by_name, row_names
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
+from .pipeline_shapley import label_scores
 from .recipes import fine_tuning_recipe, refinement_recipe
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 
@@ -476,7 +477,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def write_predictions(trainer: ShapleyTrainer, rows: Dataset, path: Path) -> dict[str, float]:
     """Predict every picture, write one line of JSON per picture, and return the metrics."""
     result = trainer.predict(rows, metric_key_prefix="predict")
-    probabilities = torch.from_numpy(result.predictions).softmax(-1)
+    probabilities = label_scores(torch.from_numpy(result.predictions), trainer.model.config)
     names = trainer.model.config.id2label
     if trainer.is_world_process_zero():
         scores, ids = probabilities.max(-1)

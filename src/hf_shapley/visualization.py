@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from .checks import check_count, check_number, check_pair, check_sequence, describe, printable
-from .images import to_rgb
+from .images import MAX_PIXELS, to_rgb
 
 if TYPE_CHECKING:
     # In `try`, because the Hub demands at load whatever a file imports outside of one.
@@ -89,6 +89,30 @@ def processor_geometry(image_processor: BaseImageProcessor, image_size: tuple[in
         visible_width, visible_height = crop_width, crop_height
     x_scale, y_scale = width / resized[0], height / resized[1]
     return left * x_scale, top * y_scale, (left + visible_width) * x_scale, (top + visible_height) * y_scale
+
+
+def check_enlargement(image_processor: Any, image_size: tuple[int, int]) -> None:
+    """Refuse a picture that the processor would enlarge to more than `MAX_PIXELS`.
+
+    Where the shorter edge is given, a small file of 20,000 x 1 pixels becomes a picture of gigabytes before the crop.
+
+    Args:
+        image_processor: any; only one with `size` of shortest edge can enlarge without bound.
+        image_size: (width, height) of the picture.
+
+    Raises:
+        ValueError: it would.
+    """
+    size = getattr(image_processor, "size", None)
+    bounded = not _entry(size, "shortest_edge", default=0) or _entry(size, "longest_edge", default=0)
+    if bounded or not image_processor.do_resize:
+        return
+    (width, height), _ = _resize(image_processor, *image_size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"A picture of {image_size[0]} x {image_size[1]} pixels is too long and narrow: the image processor would "
+            f"enlarge it to {width} x {height}, and at most {MAX_PIXELS} pixels are accepted. Crop it."
+        )
 
 
 def _resize(processor: BaseImageProcessor, width: int, height: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
