@@ -520,6 +520,12 @@ class ShapleyImageClassifierMixin:
         return readout, mapped(self.classifier, readout)
 
     @property
+    def game_name(self) -> str:
+        """Whose game is explained, and what an absent player is, in words."""
+        whose = "the classifier with adapters for masked images" if self.coalition_adapters else "the classifier's own"
+        return f"{whose}, absent patches dropped"
+
+    @property
     def base_values(self) -> Tensor:
         """v(empty), the same for every image: (K), float32, without gradient."""
         with torch.no_grad(), _evaluating(self):

@@ -81,6 +81,13 @@ class ModelArguments:
         metadata={"help": "Plain or Shapley checkpoint, ViT or ConvNeXt: folder or Hub id. None = scratch."},
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint on the Hub."})
+    game: str = field(
+        default="own",
+        metadata={
+            "help": "Of a plain checkpoint, what is explained: the classifier's 'own' response to missing patches, or "
+            "one that adapters on masked images learn, 'adapted'."
+        },
+    )
     attribution_head: str | None = field(
         default=None, metadata={"help": "'votes' or 'votes+influence'. None = the checkpoint's, else 'votes'."}
     )
@@ -183,7 +190,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Sha
         few.add_argument("--learning_rate", default=SUPPRESS, type=float)
         for name in ("freeze_classifier", "freeze_adapters"):
             few.add_argument(f"--{name}", default=SUPPRESS, type=string_to_bool, nargs="?", const=True)
-        for name in ("model", "dataset", "revision", *HEAD_OPTIONS):
+        for name in ("model", "dataset", "revision", "game", *HEAD_OPTIONS):
             few.add_argument(f"--{name}", default=SUPPRESS)
         parser.set_defaults(**_suited_defaults(vars(few.parse_known_args(argv)[0])))
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
@@ -203,12 +210,13 @@ def _suited_defaults(given: dict[str, Any]) -> dict[str, Any]:
     model_type = _model_type(given["model"], given.get("revision", "main"))
     learning_rate = float(given.get("learning_rate", 5e-5))
     plain = model_type in FAMILIES
-    model_options, training_options = fine_tuning_recipe(learning_rate, model_type) if plain else ({}, {})
-    if given.get("freeze_adapters"):
-        training_options = refinement_recipe(learning_rate)
-        if plain:
-            model_options["coalition_adapter_size"] = 0  # new adapters would stay at nothing
-    return model_options | training_options
+    game = given.get("game", "own")
+    model_options, training_options = fine_tuning_recipe(learning_rate, model_type, game) if plain else ({}, {})
+    # Adapters that are new would stay at nothing.
+    frozen = given.get("freeze_adapters") or (plain and game == "own" and given.get("freeze_classifier"))
+    if frozen and plain:
+        model_options = fine_tuning_recipe(learning_rate, model_type)[0]
+    return model_options | (refinement_recipe(learning_rate) if frozen else training_options)
 
 
 def _model_type(model: str, revision: str) -> str:
