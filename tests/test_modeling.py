@@ -702,6 +702,47 @@ def test_a_vit_without_classifier_keeps_its_backbone(tmp_path):
     assert torch.equal(model.vit.layers[1].mlp.fc1.weight, backbone.layers[1].mlp.fc1.weight)
 
 
+def test_a_plain_configuration_is_taken_as_ours(backbone, pixel_values, tmp_path):
+    """The pattern of Hugging Face's example scripts loads what loading without a configuration does."""
+    plain_model(backbone).save_pretrained(tmp_path)
+    labels = {"id2label": {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}, "num_labels": 5}
+    config = AutoConfig.from_pretrained(tmp_path, **labels)
+    options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
+    model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, **options).eval()
+    expected = SHAPLEY[backbone].from_pretrained(tmp_path, **options).eval()
+    assert torch.equal(model(pixel_values).attributions, expected(pixel_values).attributions)
+    assert type(model.config) is type(expected.config) and model.config.model_type == expected.config.model_type
+    assert model.config.id2label == labels["id2label"] and model.config.name_or_path == str(tmp_path)
+    assert type(config).model_type == backbone  # what was given is left as it was
+    assert type(SHAPLEY[backbone](config).config) is type(expected.config)
+
+
+def test_labels_named_while_loading_are_saved_both_ways(backbone, tmp_path):
+    """A plain checkpoint whose labels `id2label` alone names comes back with these names, and their ids by name."""
+    plain_model(backbone).save_pretrained(tmp_path / "plain")
+    model = SHAPLEY[backbone].from_pretrained(tmp_path / "plain", id2label=dict(enumerate("abcde")))
+    assert model.config.label2id == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    model.save_pretrained(tmp_path / "ours")
+    loaded = SHAPLEY[backbone].from_pretrained(tmp_path / "ours")
+    assert loaded.config.id2label == dict(enumerate("abcde")) and loaded.config.label2id == model.config.label2id
+
+
+def test_options_beside_our_configuration_leave_it_alone(backbone, tmp_path):
+    make_model(backbone).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, attribution_head="votes+influence")
+    assert (model.config.attribution_head, config.attribution_head) == ("votes+influence", "votes")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("vit", ConvNextConfig), ("convnext", ViTConfig)])
+def test_a_configuration_of_another_architecture_is_refused(ours, theirs, tmp_path):
+    make_model(ours).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use a checkpoint of that backbone"):
+        SHAPLEY[ours].from_pretrained(tmp_path, config=theirs())
+    with pytest.raises(ValueError, match="use a checkpoint of that backbone"):
+        SHAPLEY[ours](theirs())
+
+
 def test_another_number_of_labels_replaces_the_classifier_only(backbone, tmp_path):
     plain = plain_model(backbone)
     plain.save_pretrained(tmp_path)

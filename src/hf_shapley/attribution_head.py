@@ -8,7 +8,7 @@ construction.
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .checks import check_count, check_device, check_floats, check_label_ids, check_pair, describe, known_labels
 from .coalitions import check_coalitions, coalitions_to_ids, ids_to_coalitions, sum_over_coalitions
+from .configuration_shapley import ShapleyConfigMixin
 
 
 @dataclass
@@ -367,7 +368,8 @@ class ShapleyImageClassifierMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a checkpoint of ours or a plain one of the same backbone, as `PreTrainedModel.from_pretrained` does.
 
-        Weights are read from safetensors, never unpickled, unless `use_safetensors=False` asks for it.
+        Weights are read from safetensors, never unpickled, unless `use_safetensors=False` asks for it. A plain
+        `config` is taken as ours, and options of the attribution head may be given beside it.
 
         Raises:
             OSError: no such checkpoint, damaged files, or weights that are not all of the backbone's.
@@ -376,6 +378,9 @@ class ShapleyImageClassifierMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         name = str(pretrained_model_name_or_path)
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            options = {option.name for option in fields(ShapleyConfigMixin)} & kwargs.keys()
+            kwargs["config"] = cls.config_class.of(kwargs["config"], **{name: kwargs.pop(name) for name in options})
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

@@ -150,6 +150,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
     _no_split_modules = ["ShapleyConvNextLayer"]
 
     def __init__(self, config: ShapleyConvNextConfig):
+        config = self.config_class.of(config)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.convnext = ConvNextModel(config)

@@ -147,6 +147,7 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
     _no_split_modules = ["ViTEmbeddings", "ShapleyViTLayer"]
 
     def __init__(self, config: ShapleyViTConfig):
+        config = self.config_class.of(config)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = ViTModel(config, add_pooling_layer=False)
