@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from threading import Event, Thread, current_thread
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ def stock_voters(model, pixel_values):
     else:
         pooled = model.convnext(pixel_values).pooler_output
     return (pooled - model._empty_token()).unsqueeze(1).expand(-1, PLAYERS, -1)
+
+
+def interrupt_once(module, call):
+    """Let another thread make a whole call while this one is at a module, the first time that it is."""
+    calls = [call]
+
+    def interrupt(*_):
+        if calls:
+            thread = Thread(target=calls.pop())
+            thread.start()
+            thread.join()
+
+    module.register_forward_pre_hook(interrupt)
 
 
 def hide(pixel_values, coalition, value):
@@ -337,6 +351,53 @@ def test_explaining_leaves_the_training_mode_as_it_was(model, pixel_values):
     model.explain(pixel_values)
     model.coalition_values(pixel_values, draw())
     assert model.training and all(module.training for module in model.modules())
+
+
+def test_explaining_leaves_alone_what_is_evaluated_within_a_training_model(model, pixel_values):
+    """A part that its user keeps in evaluation mode, as a frozen one is, stays in it."""
+    model.train()
+    model.base_model.embeddings.eval()
+    expected = [module.training for module in model.modules()]
+    model.explain(pixel_values)
+    assert [module.training for module in model.modules()] == expected and len(set(expected)) == 2
+
+
+def test_a_thread_that_ends_leaves_others_in_evaluation_mode(pixel_values):
+    """Of two threads that explain with a model in training mode, the first to end does not give the other dropout."""
+    model = make_model("vit", hidden_dropout_prob=0.5)
+    expected, found = model.explain(pixel_values), []
+    late = Thread(target=lambda: found.append(model.explain(pixel_values)))
+    begun, ended = Event(), Event()
+
+    def gate(*_):
+        if current_thread() is late:
+            begun.set()
+            ended.wait(10)
+        elif late.ident is None:
+            late.start()
+            begun.wait(10)
+
+    model.vit.layers[0].register_forward_pre_hook(gate)
+    model.train()
+    found.append(model.explain(pixel_values))
+    ended.set()
+    late.join()
+    for maps in found:
+        torch.testing.assert_close(maps, expected, atol=1e-6, rtol=1e-6)
+    assert len(found) == 2 and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("own_layers", [0, 1, 2])
+def test_threads_that_record_do_not_see_each_other(backbone, own_layers, pixel_values):
+    """What another thread computes in the midst of a recorded forward does not enter it."""
+    model = make_model(backbone, attribution_head="votes+influence", influence_own_layers=own_layers)
+    expected = model(pixel_values)
+    layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        interrupt_once(layer, lambda: model(2 * pixel_values, output_hidden_states=True))
+    output = model(pixel_values, output_hidden_states=True)
+    torch.testing.assert_close(output.attributions, expected.attributions, atol=1e-5, rtol=1e-5)
+    assert len(output.hidden_states) == 3
 
 
 def test_other_image_sizes_with_interpolated_positions():

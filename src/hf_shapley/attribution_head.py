@@ -7,10 +7,13 @@ construction.
 
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -851,17 +854,38 @@ def _detached_beyond(tensor: Tensor, count: int) -> Tensor:
     return tensor if count == len(tensor) else torch.cat([tensor[:count], tensor[count:].detach()])
 
 
+_MODES = threading.Lock()
+# How many blocks of all threads hold a model in evaluation mode, and which modules were in it before the first one.
+_HELD: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
 class _evaluating:
-    """Evaluation mode within a block; the mode is put back after it."""
+    """Evaluation mode within a block; the last of the blocks that overlap puts back every module's mode.
+
+    So threads explain with one model at a time. One that trains it meanwhile would train in evaluation mode.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __enter__(self):
-        self.was_training = self.model.training
-        if self.was_training:
-            self.model.eval()
+        with nullcontext() if torch.compiler.is_compiling() else _MODES:  # the compiler knows no locks
+            count, evaluated = _HELD.get(self.model, (0, []))
+            self.is_held = count > 0 or self.model.training
+            if self.model.training:
+                evaluated = [module for module in self.model.modules() if not module.training]
+                self.model.eval()
+            if self.is_held:
+                _HELD[self.model] = count + 1, evaluated
 
     def __exit__(self, *_):
-        if self.was_training:
+        if not self.is_held:
+            return
+        with nullcontext() if torch.compiler.is_compiling() else _MODES:
+            count, evaluated = _HELD.pop(self.model)
+            if count > 1:
+                _HELD[self.model] = count - 1, evaluated
+                return
             self.model.train()
+            for module in evaluated:
+                module.training = False

@@ -1,6 +1,7 @@
 """A ViT whose prediction is, exactly, a base value plus the Shapley values of its patches."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, cat, nn
@@ -48,6 +49,7 @@ class ShapleyViTLayer(ViTLayer):
         num_queries: int | None = None,
         num_images: int | None = None,
         share: float = 1.0,
+        reading: Callable[[Tensor], None] | None = None,
         **kwargs,
     ) -> Tensor:
         """The stock layer, (B, T, D) -> (B, T, D), or a part of it.
@@ -58,8 +60,11 @@ class ShapleyViTLayer(ViTLayer):
             num_queries: Q, give only the first (B, Q, D).
             num_images: B, give the same packed.
             share: of the gradient that reaches the weights; not packed.
+            reading: called with `hidden_states`.
             **kwargs: passed on.
         """
+        if reading is not None:
+            reading(hidden_states)
         if num_queries is None and num_images is None and share == 1:
             return super().forward(hidden_states, attention_mask, **kwargs)
         normed = learning_less(self.layernorm_before, share)(hidden_states)
@@ -180,13 +185,13 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         recordings = ("output_hidden_states", "output_attentions")
         if not kwargs and not any(getattr(self.config, name, False) for name in recordings):
             return self._tokens(self._embed(pixel_values, interpolate_pos_encoding)), {}
-        inputs: list[Tensor] = []  # of the layer where the influence head leaves the backbone, if it has its own
         own = self.attribution_head.own_layers
-        hook = self.vit.layers[-own].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        try:
-            outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        finally:
-            hook.remove()
+        # What the last layers read, from the first of those that the influence head has copies of. The backbone hands
+        # the function on to every layer; a hook would see what other threads compute.
+        inputs: deque[Tensor] = deque(maxlen=own)
+        outputs = self.vit(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, reading=inputs.append, **kwargs
+        )
         cls, patches = _split(outputs.last_hidden_state)
         read = self._own_patches(inputs[0]) if own else patches
         recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
