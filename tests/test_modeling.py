@@ -32,7 +32,7 @@ from hf_shapley import (
     sample_coalitions,
     upsample_attributions,
 )
-from hf_shapley.attribution_head import activated
+from hf_shapley.attribution_head import UNTRAINED, activated
 from hf_shapley.coalitions import sum_over_coalitions
 from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
 
@@ -750,6 +750,67 @@ def test_only_what_is_new_is_reported_missing(backbone, pixel_values, tmp_path):
     # New parts start at nothing: the attributions are the plain votes until training.
     assert torch.equal(model.eval()(pixel_values).attributions, votes.eval()(pixel_values).attributions)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+HEADS = {
+    "votes": {"vote_layers": 1},
+    "influence": {"attribution_head": "votes+influence"},
+    "recommended": fine_tuning_recipe()[0] | {"influence_layers": 1},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_model_says_whether_its_attributions_were_trained(backbone, head, pixel_values, tmp_path, caplog):
+    """A plain checkpoint, just loaded or saved and loaded again, says once that it was not; after a step it does not."""
+    plain_model(backbone).save_pretrained(tmp_path / "plain")
+    SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **HEADS[head]).save_pretrained(tmp_path / "ours")
+    assert UNTRAINED not in caplog.text  # whoever loads a checkpoint to train it need not hear of it
+    for folder in ("plain", "ours"):
+        model = SHAPLEY[backbone].from_pretrained(tmp_path / folder, **HEADS[head])
+        caplog.clear()
+        for _ in range(2):
+            model.explain(pixel_values)
+        assert not model.attributions_trained and caplog.text.count(UNTRAINED) == 1
+    coalitions = draw(structures=1)
+    output = model.train()(pixel_values, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+    output.coalition_attributions.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model.attributions_trained
+    model.save_pretrained(tmp_path / "trained")
+    caplog.clear()
+    SHAPLEY[backbone].from_pretrained(tmp_path / "trained").explain(pixel_values)
+    assert UNTRAINED not in caplog.text
+
+
+def test_a_plain_classifier_that_would_read_patch_tokens_is_named_while_loading(backbone, tmp_path, caplog):
+    """Nothing in such a model starts at zero, so that later nobody could tell."""
+    plain_model(backbone).save_pretrained(tmp_path / "plain")
+    SHAPLEY[backbone].from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "ours")
+    assert caplog.text.count(UNTRAINED) == 1
+    SHAPLEY[backbone].from_pretrained(tmp_path / "ours")
+    assert caplog.text.count(UNTRAINED) == 1
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["classifier.bias", "attribution_head.influence_norm.weight", "layernorm"])
+def test_weights_that_are_not_finite_are_refused(backbone, name, broken, pixel_values, tmp_path):
+    """A checkpoint that holds some is not loaded; where training made some, `explain` names them in place of a map."""
+    model = make_model(backbone, attribution_head="votes+influence")
+    name = f"{model.base_model_prefix}.{name}.weight" if name == "layernorm" else name
+    model.get_parameter(name).data[1] = broken
+    with pytest.raises(ValueError, match=f"answers NaN or infinity: weights \\['{name}'\\] are not finite"):
+        model.explain(pixel_values)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=f"NaN or infinity in 1 weights, such as \\['{name}'\\]"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_logits_beyond_half_precision_are_refused(backbone, pixel_values):
+    """Every weight is finite, but what the layers make of them is not."""
+    model = make_model(backbone, attribution_head="votes+influence").to(torch.float16)
+    model.attribution_head.influence_norm.weight.data.fill_(6e4)
+    with pytest.raises(ValueError, match="too large for torch.float16"):
+        model.explain(pixel_values.half())
 
 
 def test_a_vit_without_classifier_keeps_its_backbone(tmp_path):

@@ -5,6 +5,7 @@ v(S) = base + sum_{n in S} Phi_n(x_S); the logits are v(all), and the attributio
 construction.
 """
 
+import logging
 import math
 import os
 import threading
@@ -27,6 +28,11 @@ from transformers.utils.generic import can_return_tuple
 from .checks import check_count, check_device, check_floats, check_label_ids, check_pair, describe, known_labels
 from .coalitions import check_coalitions, coalitions_to_ids, ids_to_coalitions, sum_over_coalitions
 from .configuration_shapley import ShapleyConfigMixin
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "The attributions of this model have not been trained."
+TRAIN = "Train it with `ShapleyTrainer` or `hf-shapley train`."
 
 
 @dataclass
@@ -361,6 +367,9 @@ class ShapleyImageClassifierMixin:
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
 
+    # What the first answer found; None = nobody asked yet.
+    _is_untrained: bool | None = None
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -375,7 +384,8 @@ class ShapleyImageClassifierMixin:
         `config` is taken as ours, and options of the attribution head may be given beside it.
 
         Raises:
-            OSError: no such checkpoint, damaged files, or weights that are not all of the backbone's.
+            OSError: no such checkpoint, damaged files, weights that are not all of the backbone's, or that are NaN or
+                infinite.
             ValueError: weights of other sizes than the configuration's, or a configuration that makes no sense.
         """
         wants_info = kwargs.pop("output_loading_info", False)
@@ -400,8 +410,16 @@ class ShapleyImageClassifierMixin:
                 raise
             raise OSError(f"The weights of {name!r} are damaged ({error}): download or save them again.") from error
         _check_backbone(info, cls.base_model_prefix, name)
+        if broken := _not_finite(model):
+            raise OSError(
+                f"The checkpoint {name!r} has NaN or infinity in {len(broken)} weights, such as {broken[:3]}: its "
+                "training diverged, or its numbers are too large for the dtype. Take an earlier checkpoint, or set "
+                "`dtype=torch.float32`."
+            )
         if any(key.startswith("attribution_head.own_") for key in info["missing_keys"]):
             model.attribution_head.copy_layers(*model._last_layers(model.attribution_head.own_layers))
+        if model._reads_untrained_tokens():
+            logger.warning("%s Nor has the classifier of %r learned to read patch tokens. %s", UNTRAINED, name, TRAIN)
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -471,6 +489,46 @@ class ShapleyImageClassifierMixin:
     def _empty_alone(self) -> tuple[Tensor | None, Tensor]:
         """As `_empty`, where there is no image to take the token along with."""
         return self._empty(self._empty_token() if self.attribution_head.pooled else None)
+
+    @property
+    def attributions_trained(self) -> bool:
+        """Whether training has reached the attribution head, as far as its weights say.
+
+        Its last layers start at zero, and all of them are still there: False. A head without such layers does not say.
+        """
+        started_at_zero = [
+            module
+            for name, module in self.attribution_head.named_modules()
+            # An adapter's own weights say more than those that it wraps, and offloaded ones nothing.
+            if isinstance(module, ZeroLinear) and not name.endswith("base_layer") and not module.weight.is_meta
+        ]
+        return not started_at_zero or any(bool(module.weight.detach().any()) for module in started_at_zero)
+
+    def _reads_untrained_tokens(self) -> bool:
+        """Whether votes are what a plain checkpoint's classifier makes of patch tokens, with no weights that tell."""
+        written_by = self.config.architectures or [type(self).__name__]
+        ours = any(name == type(self).__name__ or "Shapley" in name for name in written_by)
+        return not ours and not any(isinstance(module, ZeroLinear) for module in self.attribution_head.modules())
+
+    def _check_answers(self, outputs: ShapleyImageClassifierOutput) -> None:
+        """Refuse outputs that are not finite before a user sees them; say, once per model, that its head is untrained.
+
+        Not part of the forward: on a GPU the host would wait for it in every training step.
+        """
+        if torch.compiler.is_compiling():
+            return
+        given = (outputs.logits, outputs.attributions, outputs.base_values)
+        if not all(math.isfinite(extreme) for tensor in given for extreme in torch.aminmax(tensor.detach())):
+            broken = _not_finite(self)
+            cause = f"weights {broken[:3]} are not finite" if broken else f"its numbers are too large for {self.dtype}"
+            raise ValueError(
+                f"The model answers NaN or infinity: {cause}. Take a checkpoint from before training diverged, or set "
+                "`dtype=torch.float32`."
+            )
+        if self._is_untrained is None:
+            self._is_untrained = not self.attributions_trained
+            if self._is_untrained:
+                logger.warning("%s %s", UNTRAINED, TRAIN)
 
     @can_return_tuple
     def forward(
@@ -636,12 +694,16 @@ class ShapleyImageClassifierMixin:
 
         Returns:
             (B, K or L, h, w) float32 on the model's device; a map's sum is its label's logit less its base value.
+
+        Raises:
+            ValueError: for pixels or labels that do not fit, or an answer that is NaN or infinite.
         """
         height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
         if labels is not None:
             labels = self._label_ids(labels, len(pixel_values))
         with _evaluating(self):
             outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attributed=labels)
+        self._check_answers(outputs)
         maps = outputs.attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K or L, h, w)
         return upsample_attributions(maps, tuple(pixel_values.shape[-2:])) if upsample else maps
 
@@ -774,6 +836,15 @@ class ShapleyImageClassifierMixin:
         if not torch.compiler.is_compiling() and (ids.min() < 0 or ids.max() >= num_labels):
             raise ValueError(f"`labels` must lie in [0, {num_labels}), got {ids.min().item()} to {ids.max().item()}.")
         return ids
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights that hold NaN or infinity; those that hold no numbers here, or only bytes, are passed over."""
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta and not weight.isfinite().all()
+    ]
 
 
 def _check_backbone(info: dict, prefix: str, name: str) -> None:

@@ -147,6 +147,7 @@ def _explain(options: argparse.Namespace) -> None:
         raise ValueError(f"`--top-k` must lie in [1, {num_labels}], got {options.top_k}.")
     with torch.no_grad():
         outputs = model(pixels, attributed=options.label or options.top_k)
+    model._check_answers(outputs)
     logits, ids = outputs.logits[0], outputs.attributed_labels[0].tolist()
     labels = [model.config.id2label[index] for index in ids]
     maps = outputs.attributions[0].T.unflatten(1, model.grid_size(*pixels.shape[-2:]))  # (labels, h, w)

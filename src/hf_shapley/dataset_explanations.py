@@ -272,6 +272,7 @@ def _write_rows(
 def _explain(model: PreTrainedModel, pixel_values: Tensor, start: int, attributed: int | Tensor | None) -> pa.Table:
     """One forward -> the rows from `start` on."""
     output = model(pixel_values, attributed=attributed)
+    model._check_answers(output)
     logits = output.logits
     multi_label = model.config.problem_type == "multi_label_classification"
     scores, predicted = (logits.sigmoid() if multi_label else logits.softmax(-1)).max(dim=-1)

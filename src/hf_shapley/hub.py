@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
+from .attribution_head import UNTRAINED
 from .files import whole_file
 from .model_card import MARKER, render_model_card, write_model_card
 
@@ -148,6 +149,13 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [] if names == [f"LABEL_{label}" for label in range(config.num_labels)] else names
 
 
+def with_limits(results: Mapping[str, Any], model: PreTrainedModel) -> Mapping[str, Any]:
+    """Results for a card that says so if the model's attributions have not been trained."""
+    if getattr(model, "attributions_trained", True):  # an older model's code, from a repository, lacks it
+        return results
+    return {**results, "limits": [*results.get("limits", []), UNTRAINED]}
+
+
 def _publish(
     model: PreTrainedModel,
     save: Callable[[str], None],
@@ -162,6 +170,7 @@ def _publish(
     """One commit of what `save` writes into a folder, and of a card."""
     api, revision = HfApi(token=token), commit["revision"]
     results = {"model_name": repo_id.split("/")[-1], "labels": label_names(model)} if results is None else results
+    results = with_limits(results, model)
     with tempfile.TemporaryDirectory() as folder:
         # First what may fail here, so that no empty repository is left.
         save(folder)
