@@ -7,16 +7,21 @@ from threading import Event, Thread, current_thread
 import pytest
 import torch
 from conftest import CONVNEXT, VIT, make_model
+from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    ConvNextImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
     ViTModel,
+    pipeline,
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -692,6 +697,26 @@ def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values
     # Every weight is equal; a product with one row may round by where in memory they lie.
     found, wanted = loaded(pixel_values).attributions, model(pixel_values).attributions
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_auto_model_gives_the_backbones_features(backbone, pixel_values, tmp_path):
+    """`AutoModel` loads of a checkpoint of ours what it would of a plain one, and so does the pipeline for features."""
+    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
+    model.save_pretrained(tmp_path / "ours")
+    features, report = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not any("vit." in key or "convnext." in key for key in report["unexpected_keys"])
+    expected = model.base_model(pixel_values).last_hidden_state
+    assert torch.equal(features.eval()(pixel_values).last_hidden_state, expected)
+
+    processor = {"vit": ViTImageProcessorPil, "convnext": ConvNextImageProcessorPil}[backbone](do_resize=False)
+    processor.save_pretrained(tmp_path / "ours")
+    picture = Image.linear_gradient("L").convert("RGB").resize((24, 16))
+    found = torch.tensor(pipeline("image-feature-extraction", model=str(tmp_path / "ours"))(picture))
+    expected = model.base_model(**processor(picture, return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    features.save_pretrained(tmp_path / "features")
+    assert type(AutoModel.from_pretrained(tmp_path / "features")) is type(features)
 
 
 def test_a_plain_classifier_keeps_every_weight(backbone, tmp_path):

@@ -367,6 +367,9 @@ class ShapleyImageClassifierMixin:
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
 
+    # What `AutoModel` makes of a checkpoint: the backbone.
+    features_class: type
+
     # What the first answer found; None = nobody asked yet.
     _is_untrained: bool | None = None
 
@@ -440,6 +443,8 @@ class ShapleyImageClassifierMixin:
         from .pipeline_shapley import custom_pipelines
 
         self.config.custom_pipelines = custom_pipelines()
+        features = f"{type(self).__module__.rpartition('.')[2]}.{self.features_class.__name__}"
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": features}
         names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
         publishing = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
         # The original format renames ViT's weights, and Trainer, which resumes by the model's own names, would then

@@ -138,6 +138,12 @@ class InfluenceConvNextLayer(ShapleyConvNextLayer):
         return super().forward(features).flatten(2).transpose(1, 2)
 
 
+class ShapleyConvNextModel(ConvNextModel):
+    """The backbone of such a classifier, as `AutoModel` loads it: the stock ConvNeXt, for its features."""
+
+    config_class = ShapleyConvNextConfig
+
+
 class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNextPreTrainedModel):
     """ConvNeXt image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
 
@@ -146,6 +152,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
     """
 
     config_class = ShapleyConvNextConfig
+    features_class = ShapleyConvNextModel
     supports_gradient_checkpointing = True
     _no_split_modules = ["ShapleyConvNextLayer"]
 
@@ -284,3 +291,4 @@ def _enlarged(maps: Tensor, scale: int) -> Tensor:
 
 
 ShapleyConvNextForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ShapleyConvNextModel.register_for_auto_class("AutoModel")

@@ -141,6 +141,15 @@ class InfluenceViTLayer(ViTLayer):
         return super().forward(tokens)
 
 
+class ShapleyViTModel(ViTModel):
+    """The backbone of such a classifier, as `AutoModel` loads it: the stock ViT, for its features."""
+
+    config_class = ShapleyViTConfig
+
+    def __init__(self, config: ShapleyViTConfig):
+        super().__init__(config, add_pooling_layer=False)
+
+
 class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTrainedModel):
     """ViT image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
 
@@ -149,6 +158,7 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
     """
 
     config_class = ShapleyViTConfig
+    features_class = ShapleyViTModel
     _no_split_modules = ["ViTEmbeddings", "ShapleyViTLayer"]
 
     def __init__(self, config: ShapleyViTConfig):
@@ -334,3 +344,4 @@ def _pair(size) -> tuple[int, int]:
 
 
 ShapleyViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ShapleyViTModel.register_for_auto_class("AutoModel")
