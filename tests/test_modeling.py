@@ -277,6 +277,32 @@ def test_gradient_checkpointing_leaves_gradients_alone(pixel_values):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch maps the CPU's attention image by image
+@pytest.mark.parametrize("played", [False, True])
+@pytest.mark.parametrize("recipe", [False, True])
+def test_gradients_of_each_image_are_found_at_once(backbone, recipe, played, pixel_values):
+    """`vmap` over images gives the gradients, classification alone or with coalitions, that each image has alone."""
+    model = make_model(backbone, **(fine_tuning_recipe(backbone=backbone)[0] if recipe else {})).train()
+    labels, ids = torch.tensor([0, 4, 2]), coalitions_to_ids(draw())
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights, pixels, label, ids):
+        inputs = {"pixel_values": pixels[None], "labels": label[None]}
+        if played:
+            inputs |= {"coalition_ids": ids[None], "num_coalitions": 2, "sums_only": True}
+        output = torch.func.functional_call(model, weights, kwargs=inputs)
+        error = output.coalition_gains - output.coalition_attributions if played else output.attributions
+        return output.loss + error.square().mean()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(weights, pixel_values, labels, ids)
+    weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+    for image in range(3):
+        alone = loss(weights, pixel_values[image], labels[image], ids[image])
+        gradients = torch.autograd.grad(alone, list(weights.values()), materialize_grads=True)
+        for name, expected in zip(weights, gradients, strict=True):
+            torch.testing.assert_close(found[name][image], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_half_precision_keeps_float32_sums(backbone, pixel_values):
     model = make_model(backbone, attribution_head="votes+influence")
     exact = model(pixel_values).logits

@@ -32,11 +32,16 @@ INTERNAL = {
     "coalitions": {"check_coalitions", "sum_over_coalitions"},
     "configuration_shapley": {"ShapleyConfigMixin"},
     "digits": {"label_maps", "trainable"},
-    "hub": {"keep_card_of_hub", "label_names", "push_with_card"},
+    "hub": {"keep_card_of_hub", "label_names", "push_with_card", "with_limits"},
     "interoperability": {"ImageGame"},
     "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
-    "modeling_shapley_convnext": {"DepthwiseConv2d", "InfluenceConvNextLayer", "ShapleyConvNextLayer"},
-    "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP"},
+    "modeling_shapley_convnext": {
+        "DepthwiseConv2d",
+        "InfluenceConvNextLayer",
+        "ShapleyConvNextLayer",
+        "ShapleyConvNextModel",
+    },
+    "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
     "pipeline_shapley": {"custom_pipelines"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}

@@ -60,8 +60,8 @@ from .metrics import (
     sensitivity_n,
 )
 from .model_card import ShapleyModelCard, ShapleyModelCardData, render_model_card, write_model_card
-from .modeling_shapley_convnext import ShapleyConvNextForImageClassification, ShapleyConvNextModel
-from .modeling_shapley_vit import ShapleyViTForImageClassification, ShapleyViTModel
+from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .recipes import fine_tuning_recipe, refinement_recipe
 from .version import __version__
@@ -197,15 +197,10 @@ def _register() -> None:
     from .hub import push_with_card
 
     families = [
-        (ShapleyViTConfig, ShapleyViTForImageClassification, ShapleyViTModel, ViTImageProcessorPil),
-        (
-            ShapleyConvNextConfig,
-            ShapleyConvNextForImageClassification,
-            ShapleyConvNextModel,
-            ConvNextImageProcessorPil,
-        ),
+        (ShapleyViTConfig, ShapleyViTForImageClassification, ViTImageProcessorPil),
+        (ShapleyConvNextConfig, ShapleyConvNextForImageClassification, ConvNextImageProcessorPil),
     ]
-    for config, model, features, processor in families:
+    for config, model, processor in families:
         processors = {"pil": processor}
         if is_torchvision_available():
             import transformers
@@ -213,13 +208,13 @@ def _register() -> None:
             processors["torchvision"] = getattr(transformers, processor.__name__.removesuffix("Pil"))
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForImageClassification.register(config, model, exist_ok=True)
-        AutoModel.register(config, features, exist_ok=True)
+        AutoModel.register(config, model.features_class, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         TASK, ShapleyImageClassificationPipeline, pt_model=AutoModelForImageClassification, type="image"
     )
     # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
-    for published in (*(model for _, model, _, _ in families), ShapleyImageClassificationPipeline):
+    for published in (*(model for _, model, _ in families), ShapleyImageClassificationPipeline):
         published.push_to_hub = push_with_card
 
 

@@ -25,7 +25,16 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .checks import check_count, check_device, check_floats, check_label_ids, check_pair, describe, known_labels
+from .checks import (
+    check_count,
+    check_device,
+    check_floats,
+    check_label_ids,
+    check_pair,
+    describe,
+    known_labels,
+    may_be_read,
+)
 from .coalitions import check_coalitions, coalitions_to_ids, ids_to_coalitions, sum_over_coalitions
 from .configuration_shapley import ShapleyConfigMixin
 
@@ -86,7 +95,7 @@ def activated(act: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
     The hidden tensor is the largest of a layer: to touch new memory of its size takes a CPU longer than GELU does.
     """
     known = getattr(act, "act", None) is nn.functional.gelu and type(source) is nn.Linear
-    if hidden.requires_grad or torch.compiler.is_compiling() or not (known and _is_alone(act) and _is_alone(source)):
+    if hidden.requires_grad or not (may_be_read(hidden) and known and _is_alone(act) and _is_alone(source)):
         return act(hidden)
     return torch.ops.aten.gelu_(hidden)
 
@@ -520,7 +529,7 @@ class ShapleyImageClassifierMixin:
 
         Not part of the forward: on a GPU the host would wait for it in every training step.
         """
-        if torch.compiler.is_compiling():
+        if not may_be_read(outputs.logits):
             return
         given = (outputs.logits, outputs.attributions, outputs.base_values)
         if not all(math.isfinite(extreme) for tensor in given for extreme in torch.aminmax(tensor.detach())):
@@ -787,7 +796,7 @@ class ShapleyImageClassifierMixin:
         check_device(pixel_values, "pixel_values", self.classifier.weight.device)
         grid = self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
         # Elsewhere than on the CPU the check would make the host wait in every training step.
-        checked = (check_values or pixel_values.device.type == "cpu") and not torch.compiler.is_compiling()
+        checked = (check_values or pixel_values.device.type == "cpu") and may_be_read(pixel_values)
         # NaN is both extremes; asking each pixel takes 20 times as long, which a small model's forward feels.
         if checked and not all(math.isfinite(extreme) for extreme in torch.aminmax(pixel_values.detach())):
             raise ValueError(
@@ -807,7 +816,7 @@ class ShapleyImageClassifierMixin:
             wanted = (batch,) if num_labels == 1 and labels.ndim == 1 else (batch, num_labels)
             check_floats(labels, "labels", wanted, f"`config.problem_type` is {problem!r}")
         # Elsewhere than on the CPU the check would make the host wait in every training step.
-        elif labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        elif labels.device.type == "cpu" and may_be_read(labels):
             ids = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
             check_label_ids(ids, "labels", batch, num_labels, may_be_unknown=True)
         check_device(labels, "labels", pixel_values.device)
@@ -838,7 +847,7 @@ class ShapleyImageClassifierMixin:
             ids = ids.expand(batch, -1)
         if ids.ndim != 2 or len(ids) != batch or ids.numel() == 0:
             raise ValueError(f"`labels` must hold L labels or be of shape ({batch}, L), got {tuple(labels.shape)}.")
-        if not torch.compiler.is_compiling() and (ids.min() < 0 or ids.max() >= num_labels):
+        if may_be_read(ids) and (ids.min() < 0 or ids.max() >= num_labels):
             raise ValueError(f"`labels` must lie in [0, {num_labels}), got {ids.min().item()} to {ids.max().item()}.")
         return ids
 

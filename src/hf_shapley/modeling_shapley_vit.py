@@ -292,7 +292,7 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
             )
         # Additive and in the queries' dtype: torch would turn a bool mask into just that, anew in every layer.
         apart = token_ids[:, None, :, None] != token_ids[:, None, None, :]  # (B, 1, T, T)
-        nothing = torch.zeros(apart.shape, dtype=dtype_of_products(tokens), device=tokens.device)
+        nothing = torch.zeros_like(apart, dtype=dtype_of_products(tokens))
         return nothing.masked_fill_(apart, float("-inf"))
 
     def _encode(
