@@ -37,7 +37,7 @@ from hf_shapley import (
     sample_coalitions,
     upsample_attributions,
 )
-from hf_shapley.attribution_head import UNTRAINED, activated
+from hf_shapley.attribution_head import UNTRAINED, _check_copies, activated
 from hf_shapley.coalitions import sum_over_coalitions
 from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
 
@@ -710,6 +710,31 @@ def test_layers_may_be_offloaded_and_the_head_says_that_it_may_not(backbone, off
         torch.testing.assert_close(loaded.explain(pixel_values), model.explain(pixel_values), atol=1e-6, rtol=1e-5)
         found, expected = (played.coalition_values(pixel_values, draw()) for played in (loaded, model))
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offloaded", ["backbone", "attribution_head"])
+def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_path):
+    """Neither from nor into an offloaded layer can be copied: refused, with the way round, in place of random layers."""
+    plain_model(backbone).save_pretrained(tmp_path / "plain")
+    options = {"attribution_head": "votes+influence", "influence_own_layers": 1}
+    whole = SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **options)
+    place = {"backbone": whole.base_model_prefix}.get(offloaded, offloaded)
+    where = {name: "disk" if name == place else "cpu" for name, _ in whole.named_children()}
+    devices = {"device_map": where, "offload_folder": str(tmp_path / "offloaded")}
+    with pytest.raises(ValueError, match="offloaded or quantised: load .* once without `device_map`"):
+        SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **options, **devices)
+    whole.save_pretrained(tmp_path / "ours")
+    loaded = SHAPLEY[backbone].from_pretrained(tmp_path / "ours", **devices)
+    assert any(weight.is_meta for weight in loaded.parameters())
+
+
+def test_own_layers_are_no_copies_of_what_is_quantised(backbone):
+    model = make_model(backbone, attribution_head="votes+influence", influence_own_layers=1)
+    layer = model._last_layers(1)[0][0]
+    linear = next(module for module in layer.modules() if isinstance(module, nn.Linear))
+    linear.weight = nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="offloaded or quantised"):
+        _check_copies(model, "plain")
 
 
 def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values, tmp_path):

@@ -398,7 +398,8 @@ class ShapleyImageClassifierMixin:
         Raises:
             OSError: no such checkpoint, damaged files, weights that are not all of the backbone's, or that are NaN or
                 infinite.
-            ValueError: weights of other sizes than the configuration's, or a configuration that makes no sense.
+            ValueError: weights of other sizes than the configuration's, a configuration that makes no sense, or own
+                layers that are to start as copies of offloaded or quantised ones.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
@@ -429,6 +430,7 @@ class ShapleyImageClassifierMixin:
                 "`dtype=torch.float32`."
             )
         if any(key.startswith("attribution_head.own_") for key in info["missing_keys"]):
+            _check_copies(model, name)
             model.attribution_head.copy_layers(*model._last_layers(model.attribution_head.own_layers))
         if model._reads_untrained_tokens():
             logger.warning("%s Nor has the classifier of %r learned to read patch tokens. %s", UNTRAINED, name, TRAIN)
@@ -850,6 +852,18 @@ class ShapleyImageClassifierMixin:
         if may_be_read(ids) and (ids.min() < 0 or ids.max() >= num_labels):
             raise ValueError(f"`labels` must lie in [0, {num_labels}), got {ids.min().item()} to {ids.max().item()}.")
         return ids
+
+
+def _check_copies(model: nn.Module, name: str) -> None:
+    """Refuse to start own layers as copies where a weight of either is offloaded or quantised, and so not at hand."""
+    layers, norm = model._last_layers(model.attribution_head.own_layers)
+    for module in (*layers, norm, model.attribution_head):
+        if any(weight.is_meta or not weight.is_floating_point() for weight in module.parameters()):
+            raise ValueError(
+                "The influence head's own layers start as copies of the backbone's last ones, of which some are offloaded "
+                f"or quantised: load {name!r} once without `device_map` and `quantization_config`, save it, and load "
+                "what was saved."
+            )
 
 
 def _not_finite(model: nn.Module) -> list[str]:
