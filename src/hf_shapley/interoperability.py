@@ -238,6 +238,7 @@ def _explain(
     pixel_values = pixel_values_of(images, processor, model.config).to(model.device, model.dtype)
     with torch.no_grad(), _evaluating(model):
         outputs = model(pixel_values, attributed=1 if label_ids is None else label_ids.unsqueeze(1))
+    model._check_answers(outputs)
     maps = outputs.attributions.squeeze(2).unflatten(1, model.grid_size(*pixel_values.shape[-2:]))  # (B, h, w)
     chosen = outputs.attributed_labels  # (B, 1)
     columns = maps, chosen[:, 0], outputs.base_values[chosen[:, 0]], outputs.logits.gather(1, chosen)[:, 0]

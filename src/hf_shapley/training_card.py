@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from .attribution_head import is_own_part
 from .configuration_shapley import ShapleyConfigMixin
-from .hub import label_names
+from .hub import label_names, with_limits
 from .model_card import ShapleyModelCardData, render_model_card
 
 # What a card tells of the recipe, next to the joint loss's own knobs.
@@ -65,6 +65,7 @@ def render_training_card(
         "metrics": _metrics(_last_evaluation(trainer)),
         "training": _recipe(trainer),
     }
+    results = with_limits(results, trainer.model)
     data = ShapleyModelCardData.from_results(results, language=language)
     adapters = getattr(trainer.model, "peft_config", None) or {}
     if adapters:
