@@ -709,7 +709,7 @@ def test_any_part_may_be_offloaded(backbone, offloaded, pixel_values, tmp_path):
 
 @pytest.mark.parametrize("offloaded", ["backbone", "attribution_head"])
 def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_path):
-    """Neither from nor into an offloaded layer can be copied: refused, with the way round, in place of random layers."""
+    """Neither from nor into an offloaded layer can be copied: refused, with the way round, not left at random."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
     options = {"attribution_head": "votes+influence", "influence_own_layers": 1}
     whole = SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **options)
@@ -746,7 +746,7 @@ def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values
 
 
 def test_auto_model_gives_the_backbones_features(backbone, pixel_values, tmp_path):
-    """`AutoModel` loads of a checkpoint of ours what it would of a plain one, and so does the pipeline for features."""
+    """`AutoModel` loads of a checkpoint of ours what it would of a plain one; so does the pipeline for features."""
     model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
     model.save_pretrained(tmp_path / "ours")
     features, report = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -834,7 +834,7 @@ HEADS = {
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_model_says_whether_its_attributions_were_trained(backbone, head, pixel_values, tmp_path, caplog):
-    """A plain checkpoint, just loaded or saved and loaded again, says once that it was not; after a step it does not."""
+    """A plain checkpoint, loaded or saved and loaded again, says once that it was not; after a step it does not."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
     SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **HEADS[head]).save_pretrained(tmp_path / "ours")
     assert UNTRAINED not in caplog.text  # whoever loads a checkpoint to train it need not hear of it

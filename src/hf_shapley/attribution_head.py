@@ -609,7 +609,8 @@ class ShapleyImageClassifierMixin:
         if not may_be_read(outputs.logits):
             return
         given = (outputs.logits, outputs.attributions, outputs.base_values)
-        if not all(math.isfinite(extreme) for tensor in given for extreme in torch.aminmax(tensor.detach())):
+        extremes = [torch.aminmax(tensor.detach()) for tensor in given if tensor is not None]
+        if not all(math.isfinite(extreme) for pair in extremes for extreme in pair):
             broken = _not_finite(self)
             cause = f"weights {broken[:3]} are not finite" if broken else f"its numbers are too large for {self.dtype}"
             raise ValueError(
@@ -989,15 +990,15 @@ class ShapleyImageClassifierMixin:
         return ids
 
 
-def _check_copies(model: nn.Module, name: str) -> None:
+def _check_copies(model: Any, name: str) -> None:
     """Refuse to start own layers as copies where a weight of either is offloaded or quantised, and so not at hand."""
     layers, norm = model._last_layers(model.attribution_head.own_layers)
     for module in (*layers, norm, model.attribution_head):
         if any(weight.is_meta or not weight.is_floating_point() for weight in module.parameters()):
             raise ValueError(
                 "The influence head's own layers start as copies of the backbone's last ones, of which some are "
-                f"offloaded or quantised: load {name!r} once without `device_map` and `quantization_config`, save it, and load "
-                "what was saved."
+                f"offloaded or quantised: load {name!r} once without `device_map` and `quantization_config`, save it, "
+                "and load what was saved."
             )
 
 

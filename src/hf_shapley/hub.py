@@ -172,7 +172,7 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [] if names == [f"LABEL_{label}" for label in range(config.num_labels)] else names
 
 
-def with_limits(results: Mapping[str, Any], model: PreTrainedModel) -> Mapping[str, Any]:
+def with_limits(results: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Results for a card that says so if the model's attributions have not been trained."""
     if getattr(model, "attributions_trained", True):  # an older model's code, from a repository, lacks it
         return results

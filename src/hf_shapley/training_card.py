@@ -56,7 +56,7 @@ def render_training_card(
     Returns:
         The card, as `render_model_card` gives it.
     """
-    results = {
+    results: dict[str, Any] = {
         "model_name": model_name,
         "license": license,
         "base_model": base_model or _base_model(trainer),
