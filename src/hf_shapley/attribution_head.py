@@ -395,11 +395,23 @@ def weight_of(module: nn.Module, size: int, like: Tensor) -> Tensor:
         module: the layer.
         size: D.
         like: a tensor of the device and dtype that the layer takes.
+
+    Raises:
+        ValueError: for a layer that is not linear.
     """
     if is_plain_linear(module):
         return module.weight
-    basis = torch.eye(size, dtype=_input_dtype(module, like), device=like.device)
-    return (module(basis) - module(torch.zeros_like(basis[:1]))).T
+    basis = 3 * torch.eye(size, dtype=_input_dtype(module, like), device=like.device)  # as long as readouts are
+    above, below, middle = module(basis), module(-basis), module(torch.zeros_like(basis[:1]))
+    # Dropout of an adapter that learns is no reason to refuse, nor are quantised inputs, which are rounded.
+    if not module.training and may_be_read(above):
+        bent = (above + below - 2 * middle).abs().max()
+        if bent > 0.02 * (above - below).abs().max():
+            raise ValueError(
+                f"`{type(module).__name__}` in place of a linear layer must be a linear map of what it reads: "
+                "attributions would be another model's. Put other layers into the backbone."
+            )
+    return ((above - below) / 6).T
 
 
 def linear_of(tokens: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -558,7 +570,7 @@ class ShapleyImageClassifierMixin:
             readout = torch.zeros(self.attribution_head.hidden_size, device=device)
         else:
             readout = at_least_float32(self.attribution_head.vote_tokens(token))
-        return readout, mapped(self.classifier, readout)
+        return readout, mapped(self.classifier, readout[None])[0]  # quantised layers take no single row
 
     @property
     def game_name(self) -> str:
