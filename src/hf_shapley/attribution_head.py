@@ -514,7 +514,13 @@ class ShapleyImageClassifierMixin:
         return (model, info) if wants_info else model
 
     def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, push_to_hub: bool = False, *args, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Save weights, configuration and code, the pipeline's included, so that the Hub can serve all of them.
 
