@@ -211,12 +211,16 @@ def add_attributions(
         )
 
     mode = getattr(features[image_column], "mode", None)
+    # A data set in memory decodes what it stores; a stream gives what the function below gives.
+    hands_out_pictures = isinstance(dataset, IterableDataset) and getattr(features[image_column], "decode", False)
 
     def explain(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         positions, images = read_pictures(
             batch[image_column], rows, processor, mode=mode, skip_unreadable=skip_unreadable
         )
         kept = {name: [values[position] for position in positions] for name, values in batch.items()}
+        if hands_out_pictures:
+            kept[image_column] = [features[image_column].decode_example(image) for image in kept[image_column]]
         label_ids = None if label_column is None else torch.tensor([_label_id(model, x) for x in kept[label_column]])
         columns = _explain(model, processor, images, label_ids) if images else [[]] * len(added)
         return {**kept, **dict(zip(added, columns, strict=True))}
