@@ -37,7 +37,7 @@ from hf_shapley import (
     sample_coalitions,
     upsample_attributions,
 )
-from hf_shapley.attribution_head import UNTRAINED, _check_copies, activated
+from hf_shapley.attribution_head import UNTRAINED, _check_copies, activated, learning_less
 from hf_shapley.coalitions import sum_over_coalitions
 from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
 
@@ -600,6 +600,29 @@ def test_the_classifiers_weights_get_a_share_of_the_coalitions_gradient(backbone
     assert sum(gradient.any().item() for gradient in whole.values()) > len(whole) / 2
 
 
+class ScaledInt8(nn.Linear):
+    """A quantised layer as bitsandbytes has it: the frozen weight carries what turns its numbers into weights."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.bias = linear.bias
+        self.weight = nn.Parameter(linear.weight.detach().mul(100).round().to(torch.int8), requires_grad=False)
+        self.weight.scale = 0.01
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.weight * self.weight.scale, self.bias)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_quantised_layer_keeps_its_weight_where_the_rest_learns_less(share):
+    """What learns beside a quantised weight gets its share of the gradient, and the weight is left as its layer has it."""
+    layer, inputs = ScaledInt8(nn.Linear(6, 4)), torch.randn(3, 6, requires_grad=True)
+    found, expected = learning_less(layer, share)(inputs), layer(inputs)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(out.sum(), layer.bias, materialize_grads=True)[0] for out in (found, expected)]
+    assert torch.equal(gradients[0], share * gradients[1])
+
+
 def test_hooks_of_a_layers_parts_act_on_coalitions_too(pixel_values):
     model = make_model("vit", coalition_gradient=0.0).train()
     ids = coalitions_to_ids(sample_coalitions(3, 1, num_players=24, generator=torch.Generator().manual_seed(0)))
@@ -955,6 +978,14 @@ def test_our_checkpoint_loads_into_the_plain_class(backbone, tmp_path):
     options = {"vit": VIT, "convnext": CONVNEXT}[backbone]
     plain = plain_class.from_pretrained(tmp_path, config=plain_config(**options))
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_other_sizes_are_refused_as_transformers_refuses_them(backbone, tmp_path):
+    """Whoever catches transformers' RuntimeError catches ours, which is a ValueError as all our refusals are."""
+    plain_model(backbone).save_pretrained(tmp_path)
+    for error in (RuntimeError, ValueError):
+        with pytest.raises(error, match="set `ignore_mismatched_sizes=True`"):
+            SHAPLEY[backbone].from_pretrained(tmp_path, num_labels=7)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("vit", "convnext"), ("convnext", "vit")])

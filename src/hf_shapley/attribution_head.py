@@ -127,16 +127,21 @@ def activated(act: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
 
 def learning_less(module: nn.Module, share: float) -> Callable:
     """The module as a function whose weights get `share` of their gradient; its input still gets all of its own."""
-    if share == 1 or not torch.is_grad_enabled() or not any(weight.requires_grad for weight in module.parameters()):
+    if share == 1 or not torch.is_grad_enabled():
         return module
-    weights = {name: scale_gradient(weight, share) for name, weight in module.named_parameters()}
+    # Frozen weights stay what they are: a quantised layer's are more than a tensor.
+    learning = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    if not learning:
+        return module
+    weights = {name: scale_gradient(weight, share) for name, weight in learning.items()}
     if _is_alone(module):
         # The same. To exchange a module's weights takes the host longer than to launch its kernel.
+        every = {**dict(module.named_parameters()), **weights}
         if type(module) is nn.Linear:
-            return partial(nn.functional.linear, **weights)
+            return partial(nn.functional.linear, **every)
         if type(module) is nn.LayerNorm:
             shape = module.normalized_shape
-            return partial(nn.functional.layer_norm, normalized_shape=shape, eps=module.eps, **weights)
+            return partial(nn.functional.layer_norm, normalized_shape=shape, eps=module.eps, **every)
     return lambda *args: torch.func.functional_call(module, weights, args)
 
 
@@ -487,7 +492,7 @@ class ShapleyImageClassifierMixin:
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
-            raise ValueError(
+            raise _MismatchedSizes(
                 f"The weights of {name!r} have other sizes than its configuration: load them with the one they were "
                 "saved with, or set `ignore_mismatched_sizes=True` for a new head."
             ) from error
@@ -1008,8 +1013,14 @@ class ShapleyImageClassifierMixin:
         return ids
 
 
+class _MismatchedSizes(ValueError, RuntimeError):
+    """A ValueError as our refusals are, and a RuntimeError as transformers' own."""
+
+
 def _check_copies(model: Any, name: str) -> None:
     """Refuse to start own layers as copies where a weight of either is offloaded or quantised, and so not at hand."""
+    if all(weight.is_meta for weight in model.parameters()):  # a process that FSDP will send all weights
+        return
     layers, norm = model._last_layers(model.attribution_head.own_layers)
     for module in (*layers, norm, model.attribution_head):
         if any(weight.is_meta or not weight.is_floating_point() for weight in module.parameters()):
