@@ -615,7 +615,7 @@ class ScaledInt8(nn.Linear):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_quantised_layer_keeps_its_weight_where_the_rest_learns_less(share):
-    """What learns beside a quantised weight gets its share of the gradient, and the weight is left as its layer has it."""
+    """What learns beside a quantised weight gets its share of the gradient; the weight stays as its layer has it."""
     layer, inputs = ScaledInt8(nn.Linear(6, 4)), torch.randn(3, 6, requires_grad=True)
     found, expected = learning_less(layer, share)(inputs), layer(inputs)
     assert torch.equal(found, expected)
