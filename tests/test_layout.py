@@ -26,6 +26,7 @@ LAYERS = {
     # A model saves the pipeline's code with its own.
     1: [
         "posterior",
+        "heads",
         "attribution_head",
         "losses",
         "estimators",
@@ -65,6 +66,7 @@ HUB_FILES = {
     "configuration_shapley",
     "coalitions",
     "attribution_head",
+    "heads",
     "posterior",
     "modeling_shapley_vit",
     "modeling_shapley_convnext",

@@ -37,8 +37,9 @@ from hf_shapley import (
     sample_coalitions,
     upsample_attributions,
 )
-from hf_shapley.attribution_head import UNTRAINED, _check_copies, activated, learning_less
+from hf_shapley.attribution_head import UNTRAINED, _check_copies
 from hf_shapley.coalitions import sum_over_coalitions
+from hf_shapley.heads import activated, learning_less
 from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
 
 PLAYERS = 24

@@ -23,16 +23,15 @@ INTERNAL_MODULES = {
     "training_job",
 }
 INTERNAL = {
-    "attribution_head": {
+    "attribution_head": {"ShapleyImageClassifierMixin", "check_grid"},
+    "heads": {
         "CoalitionAdapter",
         "NarrowConvolution",
         "ResidualMLP",
-        "ShapleyImageClassifierMixin",
         "ZeroLinear",
         "absent_shares",
         "activated",
         "at_least_float32",
-        "check_grid",
         "coalition_adapters",
         "dtype_of_products",
         "is_own_part",

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PrinterCallback
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
-from hf_shapley.attribution_head import UNTRAINED, ZeroLinear
+from hf_shapley.attribution_head import UNTRAINED
+from hf_shapley.heads import ZeroLinear
 from hf_shapley.hub import with_limits
 from hf_shapley.training_card import _last_evaluation, _metrics
 

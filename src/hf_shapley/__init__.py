@@ -14,7 +14,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
-from .attribution_head import AttributionHead, ShapleyImageClassifierOutput, upsample_attributions
+from .attribution_head import ShapleyImageClassifierOutput, upsample_attributions
 from .certificate import AttributionCertificate, attribution_error_certificate
 from .checkpoints import last_complete_checkpoint
 from .coalitions import (
@@ -28,6 +28,7 @@ from .coalitions import (
 )
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
+from .heads import AttributionHead
 from .hub import push_to_hub
 from .images import load_image, to_rgb
 from .losses import (

@@ -196,7 +196,7 @@ class ShapleyConfigMixin:
             **options: what `from_pretrained` was given besides.
 
         Raises:
-            ValueError: the checkpoint is not to be believed.
+            OSError: the checkpoint is not to be believed.
         """
         stored = _stored_config(name, options)
         is_ours = stored.get("model_type") in (cls.model_type, cls.plain_model_type)  # others will be refused anyway
@@ -206,10 +206,10 @@ class ShapleyConfigMixin:
         needed = cls._fewest_weights(stored)
         if sum(needed.values()) > 8 * length:
             option = max(needed, key=lambda option: needed[option])
-            raise ValueError(
-                f"The config.json of {str(name)!r} calls for at least {sum(needed.values())} weights, most of them by "
-                f"`{option}` = {describe(stored.get(option))}, more than its weight files of {length} bytes can "
-                "hold: download or save the checkpoint again."
+            raise OSError(
+                f"The weights of {str(name)!r} are damaged (its config.json calls for at least "
+                f"{sum(needed.values())}, most of them by `{option}` = {describe(stored.get(option))}, and the files "
+                f"of {length} bytes cannot hold so many): download or save them again."
             )
 
     @classmethod

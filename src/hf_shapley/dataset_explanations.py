@@ -8,6 +8,7 @@ Each row carries a fingerprint of its image and each file has its checksum besid
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from transformers import PreTrainedModel
 from .attribution_head import _evaluating
 from .checks import check_count, describe
 from .dataset_images import fetched, file_sha256, fingerprint, read_pictures, stored_mode, undecoded
-from .files import whole_file
+from .files import DRAFT, whole_file
 from .images import load_image
 from .pipeline_shapley import label_scores, pixel_values_of
 
@@ -554,6 +555,8 @@ def _open_folder(folder: Path, settings: dict[str, Any], model: PreTrainedModel)
         )
     for temporary in folder.glob(".part-*"):
         temporary.unlink()
+    for draft in folder.glob(f"{DRAFT}*"):
+        shutil.rmtree(draft)
 
 
 def _complete(folder: Path, num_rows: int, shard_size: int, skip_unreadable: bool) -> None:

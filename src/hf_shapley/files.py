@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# How the names of folders with drafts begin, which a killed process leaves behind.
+DRAFT = ".draft-"
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
@@ -32,7 +35,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     if not into:
         target.parent.mkdir(parents=True, exist_ok=True)
     # A folder, because a longer name than the file's own may be too long.
-    folder = Path(tempfile.mkdtemp(prefix=".", dir=None if into else target.parent))
+    folder = Path(tempfile.mkdtemp(prefix=DRAFT, dir=None if into else target.parent))
     draft = folder / path.name
     try:
         yield draft

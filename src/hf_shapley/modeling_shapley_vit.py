@@ -15,18 +15,17 @@ from transformers.models.vit.modeling_vit import (
     eager_attention_forward,
 )
 
-from .attribution_head import (
+from .attribution_head import ShapleyImageClassifierMixin, check_grid
+from .configuration_shapley import ShapleyViTConfig
+from .heads import (
     AttributionHead,
-    ShapleyImageClassifierMixin,
     absent_shares,
     activated,
-    check_grid,
     coalition_adapters,
     dtype_of_products,
     learning_less,
     scale_gradient,
 )
-from .configuration_shapley import ShapleyViTConfig
 
 # What can hide players from each other; others would ignore the mask, and hidden pixels would leak.
 MASKING_BACKENDS = ("eager", "sdpa", "flex_attention")

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from .attribution_head import ShapleyImageClassifierOutput, is_own_part, scale_gradient, weight_of
+from .attribution_head import ShapleyImageClassifierOutput
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
 from .checks import check_count, check_number
 from .coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
+from .heads import is_own_part, scale_gradient, weight_of
 from .hub import keep_card_of_hub
 from .labels import check_labels_of_checkpoint
 from .losses import coalition_label_loss, coalition_loss, coalition_regression_loss, paired_residual_loss

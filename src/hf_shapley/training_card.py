@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from .attribution_head import is_own_part
 from .configuration_shapley import ShapleyConfigMixin
+from .heads import is_own_part
 from .hub import label_names, with_limits
 from .model_card import ShapleyModelCardData, render_model_card
 
