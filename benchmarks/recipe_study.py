@@ -37,6 +37,8 @@ from hf_shapley import (
     ShapleyTrainer,
     ShapleyTrainingArguments,
     ShapleyViTForImageClassification,
+    fine_tuning_recipe,
+    refinement_recipe,
 )
 from hf_shapley.certificate import attribution_error_certificate
 from hf_shapley.metrics import insertion_deletion, interaction_share
@@ -84,6 +86,11 @@ class Recipe:
 
 def _influence(**options) -> dict:
     return {"attribution_head": "votes+influence", "influence_block": "backbone", **options}
+
+
+def _without_rate(options: dict) -> dict:
+    """A recipe's options, the learning rate aside, which all runs share."""
+    return {name: value for name, value in options.items() if name != "learning_rate"}
 
 
 def _pooled(**options) -> dict:
@@ -234,8 +241,32 @@ RECIPES = {
         )
     },
     "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
-    # `fine_tuning_recipe` recommends "with adapters, spread sizes" for a ViT; the others differ from the first one in
-    # one thing each.
+    # What the library recommends, by its own functions: the classifier's own game.
+    **{
+        f"own game{kind}{change}": recipe
+        for backbone, kind in (("vit", ""), ("convnext", ", convolutions"))
+        for change, recipe in {
+            "": Recipe(_without_rate(fine_tuning_recipe(5e-4, backbone)[1]), fine_tuning_recipe(5e-4, backbone)[0]),
+            ", then the head alone": Recipe(
+                _without_rate(refinement_recipe(5e-4)),
+                head_epochs=8,
+                frozen=True,
+                shared_epochs=False,
+                augmented=False,
+                start=f"own_game{kind.replace(', ', '-')}/model",
+            ),
+            ", frozen": Recipe(
+                _without_rate(refinement_recipe(5e-4)),
+                fine_tuning_recipe(5e-4, backbone)[0],
+                head_epochs=8,
+                frozen=True,
+                shared_epochs=False,
+                start="plain/model",
+            ),
+        }.items()
+    },
+    # `fine_tuning_recipe(game="adapted")` recommends "with adapters, spread sizes" for a ViT; the others differ from
+    # the first one in one thing each.
     **{
         f"with adapters{change}": Recipe(ADAPTERS | training, _pooled(**OWN_LAYER_ALONE) | APART)
         for change, training in {
@@ -430,12 +461,17 @@ def measure(model: PreTrainedModel, test: Images, options) -> dict:
     attributions = torch.cat([model(batch).attributions for batch in chosen.split(100)])
     generator = torch.Generator(device).manual_seed(0)
 
-    def game_of(image: Tensor):
-        return lambda coalitions: model.coalition_values(image[None], coalitions[None])[0]
+    predicted = attributions.sum(1).add(model.base_values).argmax(-1)
 
-    certificate = attribution_error_certificate(
-        map(game_of, chosen), attributions, budget=options.budget, generator=generator, device=device
-    )
+    def games(labels: Tensor | None = None):
+        for image, label in zip(chosen, predicted[:, None], strict=True):
+            of_label = slice(None) if labels is None else label
+            yield lambda coalitions, x=image, k=of_label: model.coalition_values(x[None], coalitions[None])[0][:, k]
+
+    judge = {"budget": options.budget, "generator": generator, "device": device}
+    certificate = attribution_error_certificate(games(), attributions, **judge)
+    of_predicted = attributions.gather(2, predicted[:, None, None].expand(-1, attributions.shape[1], 1))
+    certificate_predicted = attribution_error_certificate(games(predicted), of_predicted, **judge)
     few = chosen[:100]
 
     def game(coalitions: Tensor) -> Tensor:
@@ -445,6 +481,7 @@ def measure(model: PreTrainedModel, test: Images, options) -> dict:
     share = interaction_share(game, attributions[:100], num_samples=256, generator=generator)
     return results | {
         "certificate": {name: _plain(value) for name, value in vars(certificate).items()},
+        "certificate_of_predicted_label": {name: _plain(value) for name, value in vars(certificate_predicted).items()},
         "insertion": curves.insertion_auc.mean().item(),
         "deletion": curves.deletion_auc.mean().item(),
         "interaction_share": share.mean().item(),

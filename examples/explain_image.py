@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("image", nargs="?", help="file or http(s) address; default: a test digit")
     parser.add_argument("--model", help="folder or Hub id of a Shapley checkpoint; default: digits, trained now")
     parser.add_argument("--top_k", type=int, default=3, help="how many of the likeliest labels to explain")
-    parser.add_argument("--labels", nargs="+", help="labels to explain instead of the likeliest")
+    parser.add_argument("--labels", nargs="+", help="names or ids of labels to explain instead of the likeliest")
     parser.add_argument("--epochs", type=float, default=16, help="of the digits model")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/explanation.png"), help="picture to write")
     options = parser.parse_args(argv)
@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     image = options.image or digits_dataset()["test"]["image"][2]
     classifier = load_classifier(options.model, options.epochs)
     # Named labels are all shown, the likeliest ones up to top_k.
-    chosen = {"labels": options.labels} if options.labels else {"top_k": options.top_k}
+    names = classifier.model.config.label2id
+    labels = [int(label) if label.isdecimal() and label not in names else label for label in options.labels or ()]
+    chosen = {"labels": labels} if labels else {"top_k": options.top_k}
     entries = classifier(image, overlay=True, **chosen)
 
     print(f"{'label':<24}{'score':>8}{'base value':>12}{'+ patches':>11}{'= logit':>9}")

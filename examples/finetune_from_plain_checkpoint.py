@@ -11,7 +11,7 @@ The real thing: a fine-tuned checkpoint, and the data set it was fine-tuned on, 
         --epochs 10 --learning_rate 2e-5 --output outputs/beans
 
 With the settings of `fine_tuning_recipe` a plain checkpoint loads with its predictions unchanged, and with
-`--freeze_classifier` they stay so: only the explanation, and what masked pictures need, is learned. The table shows
+`--freeze_classifier` they stay so: only the explanation is learned. The table shows
 three models: the plain one, its weights as a Shapley model before any training, and after.
 The error is the mean squared distance of the attributions to the exact Shapley values, over the variance of those.
 """
@@ -46,6 +46,7 @@ from hf_shapley import (
     attribution_error_certificate,
     digits_dataset,
     fine_tuning_recipe,
+    refinement_recipe,
     to_rgb,
 )
 
@@ -158,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = SHAPLEY_MODELS[backbone].from_pretrained(path, **model_options)
     if options.freeze_classifier:
         model.freeze_classifier()
+        training_options = refinement_recipe(options.learning_rate)
 
     columns = options.image_column, options.label_column
     training = settings(options.output / "shapley", options.epochs, options.learning_rate, options.batch_size)

@@ -81,6 +81,7 @@ TRACED = {
     "test_an_exported_model_takes_any_batch_size",
     "test_a_saved_program_takes_any_batch_size_and_gives_the_same",
     "test_an_onnx_file_takes_any_batch_size_and_gives_the_same",
+    "test_half_precision_gives_an_onnx_file_that_runs",
     "test_a_failed_export_leaves_the_file_there_was",
     "test_compiled_without_graph_breaks_it_trains_and_explains_the_same",
     "test_explain_compiles_without_graph_breaks",

@@ -149,6 +149,15 @@ def train(folder: Path) -> dict:
     trainer.evaluate()
     trainer.push_to_hub(dataset="Noise", license="mit", tags="test")
     torch.save(trainer.model.state_dict(), folder / "trained.pt")
+    trained, measured = str(folder / "training"), str(folder / "faithfulness.json")
+    chain = {
+        "evaluated": shell("evaluate", "--model", trained, "--images", "2", "--budget", "64", "-o", measured),
+        "pushed": shell("push", trained, "tester/chain"),
+        "pushed with results": shell("push", trained, "tester/chain", "--revision", "all", "--results", measured),
+        "pushed on": shell("push", "tester/chain", "tester/fork"),
+    }
+    (folder / "training" / "README.md").write_text(USERS_CARD)
+    chain["pushed as it is"] = shell("push", trained, "tester/chain", "--revision", "own")
     HfApi().upload_file(path_or_fileobj=USERS_CARD.encode(), path_in_repo="README.md", repo_id="tester/trained")
     trainer.push_to_hub()
     (folder / "training" / "README.md").unlink()  # by now the user's, which nothing would overwrite
@@ -156,7 +165,7 @@ def train(folder: Path) -> dict:
     with impatient():
         trainer._push_from_checkpoint(str(folder / "training" / "checkpoint-2"))  # on the way there is another time
         no_answer = refusal(trainer.push_to_hub)
-    return {"trained logits": logits(trainer.model), "no answer to a trainer": no_answer}
+    return {"trained logits": logits(trainer.model), "no answer to a trainer": no_answer, "chain": chain}
 
 
 def load_with_library(folder: Path) -> dict:

@@ -1,14 +1,31 @@
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import VIT, make_model
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextImageProcessorPil,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
-from hf_shapley import ShapleyViTConfig, ShapleyViTForImageClassification
+from hf_shapley import (
+    ShapleyViTConfig,
+    ShapleyViTForImageClassification,
+    digits_dataset,
+    insertion_deletion,
+    render_model_card,
+)
 from hf_shapley.cli import main
 
 
@@ -53,6 +70,128 @@ def test_explain_draws_the_labels_asked_for(checkpoint, picture, tmp_path, capsy
     assert [row["label"] for row in json.loads(capsys.readouterr().out)] == ["kind 4"]
 
 
+HOSTILE = "cat\x1b[2J\x9b31m\n\u732b: score 1.0000"
+
+
+@pytest.fixture
+def hostile_checkpoint(checkpoint):
+    """The same model with a name that would clear the screen, and forge a second answer."""
+    path = Path(checkpoint) / "config.json"
+    names = {str(i): HOSTILE if i == 0 else f"kind {i}" for i in range(5)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": names, "label2id": None}))
+    return checkpoint
+
+
+def test_names_cannot_give_orders_to_the_terminal(hostile_checkpoint, picture, tmp_path, capsys):
+    """Neither a label's nor an argument's: what is printed has one line per answer, and no control character."""
+    output = str(tmp_path / "out.png")
+    assert main(["explain", picture, "--model", hostile_checkpoint, "-o", output, "--label", HOSTILE]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("cat\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}31m \u732b: score")
+    for arguments in (
+        ["explain", f"{HOSTILE}.png", "--model", "m", "-o", f"{HOSTILE}.png"],
+        ["push", "a", "b", HOSTILE],
+    ):
+        with contextlib.suppress(SystemExit):
+            assert main(arguments) == 1
+        shown = capsys.readouterr().err
+        assert "cat" in shown
+        assert shown.replace("\n", "").isprintable()
+
+
+def test_a_console_of_few_letters_gets_escapes(hostile_checkpoint, picture, tmp_path, monkeypatch):
+    """On a console of code page 1252 a Chinese name ended the command in an error, after the picture was written."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    arguments = [
+        "explain",
+        picture,
+        "--model",
+        hostile_checkpoint,
+        "-o",
+        str(tmp_path / "out.png"),
+        "--label",
+        HOSTILE,
+    ]
+    assert main(arguments) == 0
+    console.seek(0)
+    assert "\\u732b: score" in console.read()
+
+
+@pytest.mark.parametrize("options", [{"num_labels": 1}, {"problem_type": "regression"}, {}], ids=str)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_explain_gives_the_stock_pipelines_scores(options, multi_label, picture, tmp_path, capsys):
+    if multi_label:
+        options = {"problem_type": "multi_label_classification", **options}
+    folder = str(tmp_path / "model")
+    make_model("vit", **options).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
+    assert main(["explain", picture, "--model", folder, "-o", str(tmp_path / "x.png"), "--top-k", "1", "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    # transformers 5.23 does this by itself, its predecessors do not.
+    function = {"function_to_apply": "none"} if options.get("problem_type") == "regression" else {}
+    (expected,) = pipeline("image-classification", model=folder, device="cpu")(picture, top_k=1, **function)
+    assert answer["label"] == expected["label"]
+    assert answer["score"] == pytest.approx(expected["score"], abs=1e-4)
+
+
+def test_explain_takes_names_before_ids(checkpoint, picture, tmp_path, capsys):
+    """`--label 3` is the label of that name if there is one, else the label of that id."""
+    arguments = ["explain", picture, "-o", str(tmp_path / "out.png"), "--json"]
+    assert main([*arguments, "--model", checkpoint, "--label", "3", "--label", "kind 0"]) == 0
+    assert [row["label"] for row in json.loads(capsys.readouterr().out)] == ["kind 3", "kind 0"]
+    model = make_model("vit", id2label={i: str(9 - i) for i in range(5)})
+    model.save_pretrained(checkpoint)
+    assert main([*arguments, "--model", checkpoint, "--label", "9", "--label", "2"]) == 0
+    found = {row["label"]: row["logit"] for row in json.loads(capsys.readouterr().out)}
+    pixels = ViTImageProcessorPil.from_pretrained(checkpoint)(Image.open(picture).convert("RGB"), return_tensors="pt")
+    logits = model(**pixels).logits[0]
+    assert found == pytest.approx({"9": logits[0].item(), "7": logits[2].item()}, abs=1e-5)
+    assert main([*arguments, "--model", checkpoint, "--label", "12"]) == 1
+    assert "an id, an integer below 5, got 12" in capsys.readouterr().err
+
+
+def test_explain_gives_a_model_of_grey_images_grey_levels(picture, tmp_path, capsys):
+    folder = str(tmp_path / "model")
+    model = make_model("vit", num_channels=1)
+    model.save_pretrained(folder)
+    grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])
+    grey.save_pretrained(folder)
+    output = str(tmp_path / "out.png")
+    assert main(["explain", picture, "--model", folder, "-o", output, "--top-k", "1", "--json"]) == 0
+    logits = model(**grey(Image.open(picture), return_tensors="pt")).logits[0]
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["logit"] == pytest.approx(logits.max().item(), abs=1e-5)
+
+
+def test_explain_refuses_what_would_be_enlarged_beyond_measure(tmp_path, capsys):
+    make_model("convnext").save_pretrained(tmp_path / "model")
+    ConvNextImageProcessorPil(size={"shortest_edge": 224}).save_pretrained(tmp_path / "model")
+    Image.new("1", (1, 20_000)).save(tmp_path / "long.png")
+    output = str(tmp_path / "out.png")
+    assert main(["explain", str(tmp_path / "long.png"), "--model", str(tmp_path / "model"), "-o", output]) == 1
+    assert "enlarge it to 256 x 5120000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, link", [({"num_labels": 1}, "sigmoid"), ({"problem_type": "regression"}, "logit"), ({}, "probability")]
+)
+def test_evaluate_follows_the_scores_of_the_model(options, link, tmp_path, capsys):
+    folder = str(tmp_path / "model")
+    make_model("vit", **options).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
+    arguments = ["evaluate", "--model", folder, "--images", "2", "--budget", "64", "-o", str(tmp_path / "out.json")]
+    assert main([*arguments, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["link"] == link
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    images = [row["image"].convert("RGB") for row in digits_dataset()["test"].select(range(2))]
+    pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    own = model.explain(pixels).flatten(2).transpose(1, 2)
+    curves = insertion_deletion(lambda x: model.coalition_values(pixels, x), own, link=link)
+    assert results["methods"]["model"]["insertion_auc"] == pytest.approx(curves.insertion_auc.mean().item(), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -84,7 +223,9 @@ def test_a_bad_request_is_one_clear_line_and_nothing_written(checkpoint, picture
 
 def test_explain_says_that_attributions_were_not_trained(picture, tmp_path, capsys, caplog):
     folder = str(tmp_path / "model")
-    ShapleyViTForImageClassification(ShapleyViTConfig(**VIT, attribution_head="votes+influence")).save_pretrained(folder)
+    ShapleyViTForImageClassification(ShapleyViTConfig(**VIT, attribution_head="votes+influence")).save_pretrained(
+        folder
+    )
     ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
     assert main(["explain", picture, "--model", folder, "-o", str(tmp_path / "out.png"), "--json"]) == 0
     assert "The attributions of this model have not been trained." in caplog.text
@@ -114,6 +255,20 @@ def test_a_demo_that_cannot_be_is_refused_before_anything_is_written(tmp_path, o
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [([], "0.01"), (["--dataset", "pets"], "5e-05"), (["--dataset", "pets", "--seed", "3"], "5e-05")],
+)
+def test_all_options_are_listed_with_their_defaults(given, rate, capsys):
+    """The defaults are those of a run with what is given beside `--all-options`: digits' own, or the Trainer's."""
+    with pytest.raises(SystemExit) as left:
+        main(["train", *given, "--all-options"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0
+    assert f"default: {rate})" in text.split(" --learning_rate LEARNING_RATE ")[-1].split(" --lr_scheduler_type ")[0]
+    assert "defaults below are those of a run with the options given" in text
+
+
 def test_train_then_evaluate_on_digits(tmp_path, capsys):
     model = str(tmp_path / "model")
     options = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1", "--use_cpu"]
@@ -125,6 +280,8 @@ def test_train_then_evaluate_on_digits(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
     assert printed["methods"]["model"]["efficiency_gap"] < 1e-5
+    assert printed["command"].startswith("hf-shapley evaluate --model model --split test --images 2")
+    assert str(tmp_path) not in render_model_card(printed, model_id="user/model")
     assert main(["evaluate", "--model", model, "--images", "1"]) == 1
     assert "--images" in capsys.readouterr().err
 
@@ -143,7 +300,8 @@ def test_a_damaged_picture_of_a_data_set_is_named(checkpoint, tmp_path, capsys, 
     dataset = ["--dataset", str(tmp_path / "pictures"), "--model", checkpoint]
     assert main([command, *dataset, *options[command]]) == 1
     error = capsys.readouterr().err
-    assert f"hf-shapley {command}: Cannot read" in error
+    assert f"hf-shapley {command}: " in error
+    assert "Cannot read" in error
     assert "3.png" in error
     assert not (tmp_path / "out.json").exists()
 

@@ -60,7 +60,7 @@ def assert_close(found: dict, expected: dict, **tolerance):
 
 @pytest.mark.parametrize("head", ["influence", "recommended"])
 def test_compiled_without_graph_breaks_it_trains_and_explains_the_same(backbone, head):
-    options = {} if head == "influence" else fine_tuning_recipe(backbone=backbone)[0]
+    options = {} if head == "influence" else fine_tuning_recipe(backbone=backbone, game="adapted")[0]
     model = small_model(backbone, **options).train()
     # "aot_eager" shares with "inductor" all that can break a graph, and needs no C++ compiler.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)

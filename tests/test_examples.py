@@ -137,13 +137,16 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
     model, _ = training_job.load_model(model_args, ["a", "b"])
     assert {name: getattr(model.config, name) for name in model_options} == model_options
     assert model.classifier.weight.requires_grad
-    frozen, _, args = training_job.parse_arguments([*arguments, "--freeze_classifier"])
-    assert {name: getattr(args, name) for name in training_options} == training_options
-    model, _ = training_job.load_model(frozen, ["a", "b"])
-    assert {name: getattr(model.config, name) for name in model_options} == model_options
-    learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert learning == {"attribution_head", "coalition_adapters"}
-    assert all(parameter.requires_grad for parameter in model.attribution_head.parameters())
+    for game, parts in (("own", {"attribution_head"}), ("adapted", {"attribution_head", "coalition_adapters"})):
+        model_options, training_options = fine_tuning_recipe(2e-3, game=game)
+        training_options = training_options if game == "adapted" else refinement_recipe(2e-3)
+        frozen, _, args = training_job.parse_arguments([*arguments, "--freeze_classifier", "--game", game])
+        assert {name: getattr(args, name) for name in training_options} == training_options
+        model, _ = training_job.load_model(frozen, ["a", "b"])
+        assert {name: getattr(model.config, name) for name in model_options} == model_options
+        learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert learning == parts
+        assert all(parameter.requires_grad for parameter in model.attribution_head.parameters())
     for name in ("freeze_classifier", "freeze_adapters"):
         with pytest.raises(ValueError, match=rf"{name}.*checkpoint with `--model`"):
             training_job.ModelArguments(**{name: True})
@@ -152,7 +155,7 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
 
     assert training_job.parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
     (tmp_path / "all.json").write_text(json.dumps({"model": str(tmp_path / "plain"), "output_dir": str(tmp_path)}))
-    assert training_job.parse_arguments([str(tmp_path / "all.json")])[2].value_gradient == 0.03
+    assert training_job.parse_arguments([str(tmp_path / "all.json")])[2].value_gradient == 0.1
     for others in ([*arguments, "--attribution_head", "votes"], ["--model", str(checkpoint), "--output_dir", "out"]):
         model_args, _, args = training_job.parse_arguments(others)
         assert (model_args.vote_readout, args.value_gradient) == (None, 1.0)
@@ -170,7 +173,7 @@ def test_the_influence_head_may_learn_on_alone(tmp_path):
     processor = training_job.load_model(training_job.ModelArguments(), ["a", "b"])[1]
     plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
     plain.save_pretrained(tmp_path / "plain")
-    options, _ = fine_tuning_recipe()
+    options, _ = fine_tuning_recipe(game="adapted")
     ShapleyViTForImageClassification.from_pretrained(tmp_path / "plain", **options).save_pretrained(tmp_path / "ours")
     for start, adapters in (("plain", 0), ("ours", 1)):
         processor.save_pretrained(tmp_path / start)

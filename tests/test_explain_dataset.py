@@ -1,5 +1,8 @@
 """`explain_dataset`: the rows are the model's, whatever interrupts it and however the data set is stored."""
 
+import hashlib
+import io
+import json
 import os
 import random
 import signal
@@ -16,7 +19,8 @@ import torch
 from conftest import make_model
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
-from transformers import ViTImageProcessorPil
+from test_images import png_header
+from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil, pipeline
 
 import hf_shapley.dataset_explanations as module_under_test
 from hf_shapley.dataset_explanations import explain_dataset, load_explanations
@@ -82,9 +86,12 @@ def test_streams_give_the_same_files_as_data_sets_in_memory(tmp_path):
     run(tmp_path / "stream", data.to_iterable_dataset(num_shards=4))
     run(tmp_path / "generated", IterableDataset.from_generator(lambda: ({"image": x} for x in pictures())))
     expected = contents(tmp_path / "memory")
-    assert len(expected) == 4
+    assert len(expected) == 2 * 4  # each with its checksum
     assert contents(tmp_path / "stream") == expected
-    assert contents(tmp_path / "generated") == expected
+    # Pictures that were never encoded have other fingerprints, and all else the same.
+    found, wanted = (load_explanations(tmp_path / name)[:] for name in ("generated", "memory"))
+    assert found.keys() == wanted.keys()
+    assert {name for name in wanted if found[name] != wanted[name]} == {"image_sha256"}
     assert [row["row"] for row in load_explanations(tmp_path / "stream", streaming=True)] == list(range(ROWS))
 
 
@@ -124,7 +131,7 @@ def test_killed_runs_lose_nothing_and_repeat_nothing(tmp_path):
     """12 runs, killed at random lines and then finished, leave byte for byte what an undisturbed run leaves."""
     subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, timeout=300)
     expected = contents(tmp_path / "undisturbed")
-    assert len(expected) == 4
+    assert len(expected) == 2 * 4
     killed = sorted(tmp_path.glob("killed-*"))
     assert len(killed) == 12
     for folder in killed:
@@ -163,7 +170,7 @@ def test_a_broken_image_is_named_and_what_came_before_is_kept(tmp_path):
         encoded[number] = path.read_bytes()
     with pytest.raises(ValueError, match="Row 9 holds no readable image"):
         run(tmp_path / "out", Dataset.from_dict({"image": encoded}))
-    assert set(contents(tmp_path / "out")) == {"part-00000.parquet"}
+    assert set(contents(tmp_path / "out")) == {"part-00000.parquet", "part-00000.sha256"}
     with pytest.raises(ValueError, match="no complete run"):
         load_explanations(tmp_path / "out")
 
@@ -172,12 +179,195 @@ def test_missing_doubled_and_foreign_files_are_found(tmp_path):
     run(tmp_path)
     first = pq.read_table(tmp_path / "part-00000.parquet")
     pq.write_table(first, tmp_path / "part-00009.parquet")
-    with pytest.raises(OSError, match="part-00009"):
+    with pytest.raises(OSError, match=r"part-00009.parquet' has no part-00009.sha256"):
+        run(tmp_path)
+    checksum = hashlib.sha256((tmp_path / "part-00009.parquet").read_bytes()).hexdigest()
+    (tmp_path / "part-00009.sha256").write_text(f"{checksum}  part-00009.parquet\n")
+    with pytest.raises(OSError, match="missing or in excess: .*part-00009"):
         run(tmp_path)
     (tmp_path / "part-00009.parquet").unlink()
     pq.write_table(pa.concat_tables([first.slice(0, 6), first.slice(0, 1)]), tmp_path / "part-00000.parquet")
-    with pytest.raises(OSError, match="part-00000.parquet does not hold the rows from 0"):
+    with pytest.raises(OSError, match="part-00000.parquet' is damaged"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run?", "run*", "a::b", "#1", "{x}"])
+def test_a_folders_name_is_no_pattern(name, tmp_path):
+    """What is read back is the folder's own run, not one of a neighbour whose name the folder's would match."""
+    data, neighbour = picture_dataset(3), tmp_path / "run1"
+    run(neighbour, data, make_model("vit", seed=1))
+    model = make_model("vit")
+    run(tmp_path / name, data, model)
+    expected = model(processor()(images=pictures(3), return_tensors="pt")["pixel_values"]).logits
+    for streaming in (False, True):
+        rows = list(load_explanations(tmp_path / name, streaming=streaming))
+        torch.testing.assert_close(torch.tensor([row["logits"] for row in rows]), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_carry_the_fingerprint_of_their_image(tmp_path):
+    encoded = [encode(picture) for picture in pictures(4)]
+    run(tmp_path, Dataset.from_dict({"image": encoded}).cast_column("image", Image()))
+    assert load_explanations(tmp_path)["image_sha256"][:] == [hashlib.sha256(data).hexdigest() for data in encoded]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("order", [list(reversed(range(ROWS))), [*range(5), 6, 5, *range(7, ROWS)]])
+def test_another_order_is_not_mixed_in(order, stream, tmp_path):
+    """A run that was cut off does not go on with the same rows in another order, nor with other images."""
+    first, other = picture_dataset(), picture_dataset().select(order)
+    if stream:
+        first, other = first.to_iterable_dataset(), other.to_iterable_dataset()
+    run(tmp_path, first)
+    (tmp_path / "part-00002.parquet").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"Row {0 if order[0] else 5} of the data set has another image"):
+        run(tmp_path, other)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:],
+        lambda data: data[:-60] + bytes([data[-60] ^ 64]) + data[-59:],
+    ],
+    ids=["empty", "half", "one byte short", "a bit in the data", "a bit in the footer"],
+)
+def test_a_damaged_file_is_found(damage, tmp_path):
+    run(tmp_path, picture_dataset(9))
+    path = tmp_path / "part-00000.parquet"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(OSError, match="part-00000.parquet' is damaged"):
+        run(tmp_path, picture_dataset(9))
+    for streaming in (False, True):
+        with pytest.raises(OSError, match="part-00000.parquet' is damaged"):
+            list(load_explanations(tmp_path, streaming=streaming))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="part-00000.parquet"):
+        load_explanations(tmp_path)
+    assert run(tmp_path, picture_dataset(9)).computed_rows == 7
+
+
+def encode(picture: PILImage.Image, **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, **{"format": "PNG", **options})
+    return stream.getvalue()
+
+
+UNREADABLE = {
+    "no picture": b"no image",
+    "SyntaxError": encode(pictures(1)[0])[:40] + b"\0" * 60,
+    "decompression bomb": png_header(100_000, 100_000),
+    "unsafe format": encode(pictures(1)[0], format="EPS"),
+    "too long": encode(PILImage.new("1", (20_000, 1))),
+}
+
+
+def with_unreadable(kind: str, places: set[int], tmp_path: Path) -> Dataset:
+    """A data set with an `Image()` column of files, of which some cannot be read."""
+    paths = []
+    for row, picture in enumerate(pictures()):
+        paths.append(str(tmp_path / f"picture-{row}.png"))
+        Path(paths[-1]).write_bytes(UNREADABLE[kind] if row in places else encode(picture))
+    return Dataset.from_dict({"image": paths}).cast_column("image", Image())
+
+
+def run_convnext(folder, dataset, **options):
+    shape = ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=1.0)
+    return explain_dataset(make_model("convnext"), dataset, folder, image_processor=shape, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_unreadable_row_is_named_or_left_out(kind, stream, tmp_path, monkeypatch, caplog):
+    """A decoded `Image()` column too: its row and path are named; on request such rows are left out and counted."""
+    monkeypatch.setattr("hf_shapley.visualization.MAX_PIXELS", 1_000_000)
+    places = {4, *range(7, 14)}  # all rows of the second file
+    data = with_unreadable(kind, places, tmp_path)
+    data = data.to_iterable_dataset() if stream else data
+    with pytest.raises(ValueError, match="Row 4 holds no readable image.*picture-4.png"):
+        run_convnext(tmp_path / "out", data)
+    result = run_convnext(tmp_path / "out", data, skip_unreadable=True)
+    assert (result.num_rows, result.computed_rows, result.skipped_rows) == (ROWS, ROWS - 8, 8)
+    kept = [row for row in range(ROWS) if row not in places]
+    assert load_explanations(tmp_path / "out")["row"][:] == kept
+    assert [row["row"] for row in load_explanations(tmp_path / "out", streaming=True)] == kept
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped_rows"] == sorted(places)
+    again = run_convnext(tmp_path / "out", data, skip_unreadable=True)
+    assert (again.computed_rows, again.skipped_rows) == (0, 8)
+    assert "picture-4.png" in caplog.text
+    (tmp_path / "picture-4.png").write_bytes(encode(pictures(5)[4]))
+    with pytest.raises(ValueError, match="Row 4 of the data set has another image"):
+        run_convnext(tmp_path / "out", data, skip_unreadable=True)
+
+
+def test_a_data_set_of_unreadable_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one readable image, got none in 3 rows"):
+        run(tmp_path, Dataset.from_dict({"image": [b"no image"] * 3}), skip_unreadable=True)
+
+
+def test_a_transform_gets_pictures_and_other_columns(tmp_path):
+    """`with_transform` is honoured, on pictures that `load_image` has read."""
+
+    def mirror(batch):
+        assert batch["note"] == ["x"] * len(batch["note"])
+        return {"image": [image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) for image in batch["image"]]}
+
+    model, data = make_model("vit"), picture_dataset(4)
+    run(tmp_path, data.with_transform(mirror), model)
+    mirrored = [image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) for image in pictures(4)]
+    expected = model(processor()(images=mirrored, return_tensors="pt")["pixel_values"]).logits
+    found = torch.tensor(load_explanations(tmp_path)["logits"][:])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_columns_own_mode_is_kept(tmp_path):
+    """`Image(mode="L")` is what the data set says its pictures are, in memory and as a stream."""
+    model = make_model("vit")
+    data = picture_dataset(3).cast_column("image", Image(mode="L"))
+    grey = [image.convert("L").convert("RGB") for image in pictures(3)]
+    expected = model(processor()(images=grey, return_tensors="pt")["pixel_values"]).logits
+    for name, rows in (("memory", data), ("stream", data.to_iterable_dataset())):
+        run(tmp_path / name, rows, model)
+        found = torch.tensor(load_explanations(tmp_path / name)["logits"][:])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"problem_type": "regression"}, {"problem_type": "multi_label_classification"}, {"num_labels": 1}, {}],
+    ids=["regression", "several labels", "one label", "single label"],
+)
+def test_scores_are_the_stock_pipelines(options, tmp_path):
+    model = make_model("vit", **options)
+    run(tmp_path, picture_dataset(3), model)
+    # transformers 5.23 does this by itself, its predecessors do not.
+    function = {"function_to_apply": "none"} if options.get("problem_type") == "regression" else {}
+    classify = pipeline("image-classification", model=model, image_processor=processor(), device="cpu")
+    expected = [classify(picture, top_k=1, **function)[0] for picture in pictures(3)]
+    for row, entry in zip(load_explanations(tmp_path), expected, strict=True):
+        assert row["predicted_label"] == entry["label"]
+        assert row["score"] == pytest.approx(entry["score"], abs=1e-6)
+
+
+def test_numbers_of_numpys_kinds_are_numbers(tmp_path):
+    count = np.int64(2)
+    run(tmp_path, picture_dataset(3), labels=count, shard_size=count, batch_size=count)
+    assert len(load_explanations(tmp_path)[0]["label_ids"]) == 2
+    run(tmp_path / "ids", picture_dataset(3), labels=np.array([3, 1]))
+    assert load_explanations(tmp_path / "ids")[0]["label_ids"] == [3, 1]
+
+
+def test_a_model_of_grey_images_explains_a_data_set(tmp_path):
+    model = make_model("vit", num_channels=1)
+    grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])
+    explain_dataset(model, picture_dataset(3), tmp_path, image_processor=grey, **OPTIONS)
+    pixel_values = grey(images=[image.convert("L") for image in pictures(3)], return_tensors="pt")["pixel_values"]
+    found = torch.tensor(load_explanations(tmp_path)["logits"][:])
+    torch.testing.assert_close(found, model(pixel_values).logits, atol=1e-6, rtol=1e-5)
 
 
 def test_images_of_another_grid_are_refused(tmp_path):

@@ -39,7 +39,7 @@ def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block
 def test_an_onnx_file_takes_any_batch_size_and_gives_the_same(backbone, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
+    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0])
     path = export_onnx(model, tmp_path / "folder" / "model.onnx", image_size=SIZE)
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(path)
@@ -54,6 +54,20 @@ def test_an_onnx_file_takes_any_batch_size_and_gives_the_same(backbone, tmp_path
         for array, expected in zip(found, expected_outputs(model, pixel_values), strict=True):
             torch.testing.assert_close(array, expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found[1].sum((2, 3)), found[0] - base_values, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_an_onnx_file_that_runs(dtype, tmp_path):
+    """Such a model's file computes in float32 with the model's weights, and leaves the model as it is."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = make_model("vit", **fine_tuning_recipe()[0]).to(dtype)
+    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx", image_size=SIZE))
+    assert next(model.parameters()).dtype == dtype
+    found = session.run(None, {"pixel_values": batch(2).numpy()})
+    for array, expected in zip(found, expected_outputs(model.float(), batch(2)), strict=True):
+        torch.testing.assert_close(torch.from_numpy(array), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

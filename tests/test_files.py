@@ -1,6 +1,9 @@
 """Neither an error nor a full disk leaves half of a file, and what was there before stays as it was."""
 
+import json
+import os
 import resource
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +84,76 @@ def test_an_error_leaves_the_older_file_and_nothing_else(tmp_path):
     assert content(tmp_path) == {"file.txt": b"older"}
 
 
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    """A link is somebody's way of saying where the file belongs: also one whose target is yet to come."""
+    (tmp_path / "store").mkdir()
+    for name in ("older", "missing"):
+        link, target = tmp_path / f"{name}.png", tmp_path / "store" / name
+        link.symlink_to(target)
+        if name == "older":
+            target.write_text(name)
+        with whole_file(link) as draft:
+            draft.write_text("new")
+            assert draft.suffix == ".png"
+        assert link.is_symlink()
+        assert target.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "missing",
+        "missing.png",
+        "older",
+        "older.png",
+        "store",
+    ]
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    """What is no regular file takes the content in; replaced, a device would be lost for everybody."""
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_json(pipe, {"answer": 42})
+        assert json.loads(os.read(reader, 1000)) == {"answer": 42}
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_device_is_written_to_and_stays(tmp_path, monkeypatch):
+    """A stand-in for `-o /dev/null`, which as root would be replaced by a file."""
+    device = tmp_path / "null"
+    device.symlink_to(os.devnull)
+    monkeypatch.setattr(os, "replace", lambda *paths: pytest.fail(f"replaced {paths[1]}"))
+    write_json(device, {"answer": 42})
+    assert device.is_symlink()
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+@pytest.mark.parametrize("name", ["n" * 246 + ".png", "n." + "p" * 248], ids=["stem", "suffix"])
+def test_every_legal_file_name_can_be_written(tmp_path, name):
+    with whole_file(tmp_path / name) as draft:
+        draft.write_text("whole")
+    assert content(tmp_path) == {name: b"whole"}
+
+
+def test_a_folder_is_refused_before_the_work(tmp_path):
+    with pytest.raises(IsADirectoryError, match="Give the name of a file"), whole_file(tmp_path):
+        pytest.fail("too late")
+
+
+def test_a_pipe_in_place_of_a_card_is_not_waited_for(tmp_path):
+    """Nobody wrote a card into a device or a pipe: there is nothing to read before the new one goes there."""
+    pipe = tmp_path / "card.md"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert write_model_card(pipe, CARD)
+        assert os.read(reader, 100_000).decode() == CARD
+    finally:
+        os.close(reader)
+
+
 # ---- a full disk
 
 
@@ -105,7 +178,7 @@ def test_cards_and_results_stay_as_they_were_on_a_full_disk(write, tmp_path):
 
 def test_weights_are_whole_or_the_older_ones_on_a_full_disk(checkpoint, tmp_path):
     newer = make_model("vit", seed=1)
-    with room(50_000):
+    with room(64_000):
         for folder in (checkpoint, tmp_path / "new"):
             with pytest.raises(SafetensorError, match=NO_ROOM):
                 newer.save_pretrained(folder)
@@ -117,7 +190,7 @@ def test_weights_are_whole_or_the_older_ones_on_a_full_disk(checkpoint, tmp_path
 
 
 def test_a_push_from_a_full_disk_ends_before_the_hub_hears_of_it():
-    with room(50_000), pytest.raises(SafetensorError, match=NO_ROOM):
+    with room(64_000), pytest.raises(SafetensorError, match=NO_ROOM):
         push_to_hub(make_model("vit"), PROCESSOR, "tester/model")  # which is offline, and would say so
 
 
@@ -147,7 +220,7 @@ def test_explanations_of_a_data_set_go_on_after_a_full_disk(tmp_path):
     assert load_explanations(output)["row"][:] == list(range(10))
 
 
-@pytest.mark.parametrize("size", [50_000, 500_000], ids=["weights", "optimizer"])
+@pytest.mark.parametrize("size", [64_000, 500_000], ids=["weights", "optimizer"])
 def test_training_ends_in_a_message_and_without_half_a_checkpoint_on_a_full_disk(size, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--max_train_samples", "32", "--max_eval_samples", "8", "--num_train_epochs", "1", "--use_cpu"]

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from browser import found_browser
+from conftest import make_model
 from PIL import Image
-from transformers import pipeline
+from transformers import ConvNextImageProcessorPil, pipeline
 
 from hf_shapley.digits import train_digits_model
 from hf_shapley.pipeline_shapley import TASK
@@ -117,6 +118,31 @@ def test_too_large_and_broken_pictures_are_refused(demo, classifier, tmp_path):
         demo.Answers(classifier).on_picture(str(broken))
 
 
+def test_a_file_that_is_no_picture_is_answered_by_the_library(demo, classifier, tmp_path):
+    """Gradio itself looks into no file that comes in: what it raised there left a blank page and no message."""
+    path = tmp_path / "text.jpg"
+    path.write_text("no picture")
+    given = demo._source(()).preprocess(gradio.data_classes.ImageData(path=str(path), orig_name="text.jpg"))
+    with pytest.raises(gradio.Error, match="no known format"):
+        demo.Answers(classifier).on_picture(given)
+    assert demo._source(()).preprocess(None) is None
+
+
+def test_a_refusal_speaks_to_visitors(demo, classifier, tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("1", (5001, 5000)).save(path)
+    with pytest.raises(gradio.Error, match="25000000 pixels .* Downscale the picture") as refused:
+        demo.Answers(classifier).on_picture(str(path))
+    assert "max_pixels" not in str(refused.value)
+
+
+def test_a_picture_that_would_be_enlarged_beyond_measure_is_refused(demo):
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 224})
+    classifier = pipeline(TASK, model=make_model("convnext"), image_processor=processor, device="cpu")
+    with pytest.raises(ValueError, match="enlarge it to 5120000 x 256"):
+        demo.explain(classifier, encoded(Image.new("1", (20_000, 1))))
+
+
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory) -> Path:
     """Where the server puts what visitors upload."""
@@ -172,8 +198,7 @@ def test_an_uploads_name_leads_nowhere(name, url, uploads):
 @pytest.fixture
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    assert chromium, "The browser test needs Debian's chromium: apt-get install chromium"
+    chromium = found_browser()
     arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=arguments)

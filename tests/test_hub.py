@@ -39,7 +39,7 @@ def start(role: str, folder: Path, address: str, token: str = TOKEN, *, xet: boo
         "HF_HUB_DISABLE_XET": "0" if xet else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(CLIENTS.parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(CLIENTS.parent), inherited.get("PYTHONPATH")])),
     }
     with open(folder / f"{role}.log", "w") as log:
         return subprocess.Popen(
@@ -267,6 +267,39 @@ def test_every_checkpoint_on_the_way_can_be_loaded(pushed, hub):
     for files in hub.repositories["tester/trained"].commits.values():
         if "model.safetensors" in files:
             assert CODE | {"config.json", "preprocessor_config.json"} <= files.keys()
+
+
+# ---- training, evaluation, publication
+
+
+def figures(text: str) -> dict[tuple[str, str], float]:
+    """The values of a published card, by type and name."""
+    return {(found.metric_type, found.metric_name): found.metric_value for found in ModelCard(text).data.eval_results}
+
+
+def test_training_evaluation_and_push_keep_every_figure(pushed, hub, folder):
+    """A pushed card holds what the trained one says, and, when asked to, all that `hf-shapley evaluate -o` wrote."""
+    assert {code for code, _, _ in pushed["chain"].values()} == {0}, pushed["chain"]
+    trained = figures(card_of_the_trainer(hub).content)
+    measured = json.loads((folder / "faithfulness.json").read_text())["metrics"]
+    cards = {name: hub.files("chain", name)["README.md"].content.decode() for name in ("main", "all", "own")}
+    assert len(trained) >= 2 and trained["accuracy", "Accuracy"] == 0.25
+    assert figures(cards["main"]) == figures(hub.files("fork")["README.md"].content.decode()) == trained
+    assert len(measured) == 3 * 6 + 3
+    assert figures(cards["all"]) == trained | {(row["type"], row["name"]): row["value"] for row in measured}
+    for name in ("main", "all"):
+        assert "shapley warmup: 0.5" in cards[name] and "steps: 2" in cards[name]
+        assert "Evaluation while training" in cards[name]
+        assert ModelCard(cards[name]).data.license == "mit" and "test" in ModelCard(cards[name]).data.tags
+        assert str(folder) not in cards[name]
+    assert cards["own"] == USERS_CARD
+
+
+def test_figures_of_several_data_sets_say_which(pushed, hub):
+    data = ModelCard(hub.files("chain", "all")["README.md"].content.decode()).data
+    datasets = {found.metric_type: found.dataset_name for found in data.eval_results}
+    assert datasets["accuracy"] == "Noise"
+    assert datasets["insertion_auc"] == datasets["error_ratio"] == "scikit-learn digits"
 
 
 # ---- reading with the library

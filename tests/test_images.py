@@ -5,7 +5,9 @@ import os
 import struct
 import zlib
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_shapley.images import load_image, to_rgb
@@ -65,6 +67,115 @@ def test_a_transparent_palette_entry_becomes_white():
     image.putpixel((1, 0), 1)
     loaded = load_image(encoded(image, format="PNG", transparency=0))
     assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [WHITE, BLUE]
+
+
+def png(bits, colour_type, row, transparent):
+    """A PNG of 2 x 1 pixels with a transparent colour, written by hand: Pillow writes few of these depths."""
+    fields = struct.pack(">IIBBBBB", 2, 1, bits, colour_type, 0, 0, 0)
+    chunks = [(b"IHDR", fields), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    "bits, colour_type, row, transparent, other",
+    [
+        (16, 0, struct.pack(">HH", 1000, 40000), struct.pack(">H", 1000), (156, 156, 156)),
+        (8, 0, bytes([10, 200]), struct.pack(">H", 10), (200, 200, 200)),
+        (4, 0, bytes([0x15]), struct.pack(">H", 1), (85, 85, 85)),
+        (2, 0, bytes([0b01100000]), struct.pack(">H", 1), (170, 170, 170)),
+        (1, 0, bytes([0b10000000]), struct.pack(">H", 1), (0, 0, 0)),
+        (
+            16,
+            2,
+            struct.pack(">6H", 1000, 2000, 3000, 40000, 257, 0),
+            struct.pack(">3H", 1000, 2000, 3000),
+            (156, 1, 0),
+        ),
+        (8, 2, bytes([1, 2, 3, 200, 1, 0]), struct.pack(">3H", 1, 2, 3), (200, 1, 0)),
+    ],
+)
+def test_a_transparent_colour_of_any_depth_becomes_white(bits, colour_type, row, transparent, other):
+    """PNG names the colour in the file's own bits per channel; pixels of it are white, others stay (PNG, 11.3.2.1)."""
+    data = png(bits, colour_type, row, transparent)
+    for image in (load_image(data), load_image(Image.open(io.BytesIO(data)))):
+        assert [image.getpixel((x, 0)) for x in (0, 1)] == [WHITE, other]
+
+
+ARRAYS = {
+    "grey": ((2, 3), "L"),
+    "one channel": ((2, 3, 1), "L"),
+    "red, green, blue": ((2, 3, 3), "RGB"),
+    "with transparency": ((2, 5, 4), "RGBA"),
+    "ambiguous": ((3, 5, 3), "RGB"),
+}
+
+
+@pytest.mark.parametrize("shape, mode", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_and_tensors_are_pictures(shape, mode):
+    """NumPy's have channels last, as Pillow's; tensors have them first, as torchvision's."""
+    levels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = to_rgb(Image.frombytes(mode, shape[1::-1], levels.tobytes())).tobytes()
+    assert load_image(levels).tobytes() == expected
+    levels.setflags(write=False)
+    assert load_image(levels).tobytes() == expected
+    tensor = torch.tensor(levels)
+    assert load_image(tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor).tobytes() == expected
+
+
+def test_channels_of_an_array_may_come_first():
+    levels = np.random.default_rng(0).integers(0, 256, (3, 6, 7), dtype=np.uint8)
+    assert load_image(levels).tobytes() == levels.transpose(1, 2, 0).tobytes()
+
+
+def test_sixteen_bit_arrays_are_scaled():
+    assert load_image(np.full((2, 2), 32896, dtype=np.uint16)).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 2)), torch.rand(3, 4, 4), np.zeros((2, 2), dtype=np.int64), np.zeros((9, 9, 9), dtype=np.uint8),
+        np.zeros((1, 3, 4, 4), dtype=np.uint8), np.zeros((0, 4, 3), dtype=np.uint8), np.zeros(5, dtype=np.uint8),
+        np.array([[None]]), np.zeros((4, 4, 3), dtype=np.uint16),
+    ],
+)  # fmt: skip
+def test_arrays_that_cannot_be_told_are_refused(array):
+    with pytest.raises(ValueError, match=r"must be \(H, W\), .* got"):
+        load_image(array)
+
+
+def test_open_files_and_streams_are_read_from_their_start(tmp_path):
+    data = encoded(Image.new("RGB", (2, 2), RED), format="PNG")
+    stream = io.BytesIO()
+    stream.write(data)  # as `image.save(stream)` leaves it, at its end
+    (tmp_path / "red.png").write_bytes(data)
+    with open(tmp_path / "red.png", "rb") as file, open(tmp_path / "red.png", encoding="latin-1") as text:
+        for source in (stream, file, bytearray(data), memoryview(data)):
+            assert load_image(source).getpixel((0, 0)) == RED
+        with pytest.raises(TypeError, match="mode 'rb'"):
+            load_image(text)
+    with pytest.raises(OSError, match="0 bytes"):
+        load_image(io.BytesIO())
+
+
+def test_a_huge_picture_that_pillow_has_opened_is_not_decoded():
+    with pytest.raises(ValueError, match="at most 64000000 pixels are accepted, got 8001 x 8000"):
+        load_image(Image.open(io.BytesIO(png_header(8001, 8000))))
+
+
+def test_a_broken_picture_that_pillow_has_opened_is_refused():
+    data = encoded(Image.effect_noise((64, 64), 90), format="PNG")
+    with pytest.raises(OSError, match="as a picture"):
+        load_image(Image.open(io.BytesIO(data[: len(data) // 2] + bytes(100))))
+
+
+def test_refusals_name_no_option_that_others_lack():
+    with pytest.raises(ValueError, match="Downscale the picture") as refused:
+        load_image(png_header(8001, 8000))
+    assert "max_pixels" not in str(refused.value)
 
 
 # The eight EXIF orientations: where the stored top-left pixel belongs in the upright picture (Exif 2.32, tag 0x0112).

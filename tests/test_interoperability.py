@@ -8,6 +8,7 @@ import torch
 from conftest import make_model
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from test_images import encoded, png_header
 from transformers import ViTImageProcessorPil
 
 from hf_shapley.estimators import exact_shapley
@@ -242,6 +243,67 @@ def test_attributions_refuse_missing_and_taken_columns(named_model, dataset):
         add_attributions(dataset.add_column("attributions", [0] * 5), named_model, PROCESSOR)
     with pytest.raises(TypeError, match="take one split"):
         add_attributions({"train": dataset}, named_model, PROCESSOR)
+
+
+def with_unreadable(dataset, folder, content):
+    """The same rows as files, of which the fourth holds something else."""
+    paths = [str(folder / f"picture-{row}.png") for row in range(len(dataset))]
+    for path, image in zip(paths, dataset["image"], strict=True):
+        image.save(path)
+    (folder / "picture-3.png").write_bytes(content)
+    files = Dataset.from_dict({"image": paths, "label": dataset["label"][:]})
+    return files.cast(dataset.features)
+
+
+PNG = encoded(PILImage.new("RGB", (4, 4)), format="PNG")
+UNREADABLE = {
+    "no picture": b"no picture",
+    "SyntaxError": PNG[:40] + bytes(60),
+    "decompression bomb": png_header(100_000, 100_000),
+    "unsafe format": encoded(PILImage.new("RGB", (4, 4)), format="EPS"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_unreadable_row_is_named_or_left_out(kind, stream, named_model, dataset, tmp_path, caplog):
+    files = with_unreadable(dataset, tmp_path, UNREADABLE[kind])
+    files = files.to_iterable_dataset() if stream else files
+    with pytest.raises(ValueError, match="Row 3 holds no readable image.*picture-3.png"):
+        list(add_attributions(files, named_model, PROCESSOR, batch_size=2))
+    options = {"label_column": "label", "batch_size": 1, "skip_unreadable": True}
+    rows = list(add_attributions(files, named_model, PROCESSOR, **options))
+    assert [row["label"] for row in rows] == [row["attributions_label"] for row in rows] == [0, 1, 2, 4]
+    maps = [row["attributions"] for row in add_attributions(dataset, named_model, PROCESSOR, label_column="label")]
+    np.testing.assert_allclose([row["attributions"] for row in rows], [*maps[:3], maps[4]], atol=1e-6)
+    assert rows[3]["image"].tobytes() == dataset[4]["image"].tobytes()
+    assert "picture-3.png" in caplog.text
+
+
+def test_a_transform_still_gets_pictures(named_model, dataset):
+    def mirror(batch):
+        return {**batch, "image": [image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) for image in batch["image"]]}
+
+    explained = add_attributions(dataset.with_transform(mirror), named_model, PROCESSOR).with_format(None)
+    mirrored = mirror({"image": [row["image"] for row in dataset]})["image"]
+    logits = named_model(PROCESSOR(images=mirrored, return_tensors="pt")["pixel_values"]).logits.amax(1)
+    torch.testing.assert_close(torch.tensor(explained["attributions_logit"][:]), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_formatted_data_sets_are_explained(kind, named_model, dataset):
+    plain = add_attributions(dataset, named_model, PROCESSOR)["attributions_logit"][:]
+    formatted = add_attributions(dataset.with_format(kind), named_model, PROCESSOR)
+    np.testing.assert_allclose(formatted["attributions_logit"][:], plain, atol=1e-6)
+
+
+def test_a_model_of_grey_images_explains_a_data_set(dataset):
+    model = make_model("vit", num_channels=1, **NAMES)
+    grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])
+    pixel_values = grey(images=[row["image"].convert("L") for row in dataset], return_tensors="pt")["pixel_values"]
+    explained = add_attributions(dataset, model, grey)
+    logits = model(pixel_values).logits.amax(1)
+    torch.testing.assert_close(torch.tensor(explained["attributions_logit"][:]), logits, atol=1e-5, rtol=1e-5)
 
 
 def test_unlabelled_rows_are_refused_when_true_labels_are_asked_for(named_model, dataset):

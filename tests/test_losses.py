@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hf_shapley import coalition_label_loss, coalition_loss, paired_shapley_loss, shapley_loss
-from hf_shapley.attribution_head import scale_gradient
 from hf_shapley.coalitions import enumerate_coalitions, sample_coalitions, shapley_kernel_size_probabilities
+from hf_shapley.heads import scale_gradient
 from hf_shapley.losses import coalition_regression_loss
 
 PLAYERS, LABELS = 6, 3
@@ -114,6 +114,14 @@ def test_coalition_label_loss_is_cross_entropy_with_the_true_label():
     labels = torch.tensor([2, 0])
     log_p = values.log_softmax(-1)
     expected = -(log_p[0, 0, :, 2].sum() + log_p[1, 0, :, 0].sum()) / 4
+    torch.testing.assert_close(coalition_label_loss(values, labels), expected)
+
+
+def test_probabilities_as_labels_give_their_cross_entropy():
+    values = torch.randn(2, 1, 2, LABELS, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    log_p = values.log_softmax(-1)
+    expected = -(log_p[0, 0] @ labels[0] + log_p[1, 0] @ labels[1]).sum() / 4
     torch.testing.assert_close(coalition_label_loss(values, labels), expected)
 
 

@@ -63,14 +63,16 @@ def value(game, image, members, label, link):
     coalition = torch.zeros(IMAGES, 1, PLAYERS, dtype=torch.bool)
     coalition[:, :, sorted(members)] = True
     values = game(coalition)[image, 0]
-    return (values.softmax(0) if link == "probability" else values)[label].item()
+    return {"probability": values.softmax(0), "sigmoid": 1 / (1 + (-values).exp()), "logit": values}[link][
+        label
+    ].item()
 
 
 def ranking(attributions, image, label):
     return attributions[image, :, label].argsort(descending=True).tolist()
 
 
-@pytest.mark.parametrize("link", ["probability", "logit"])
+@pytest.mark.parametrize("link", ["probability", "sigmoid", "logit"])
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 3, 1])])
 def test_insertion_and_deletion_follow_their_definition(link, labels):
     game, attributions = random_game(), normal(IMAGES, PLAYERS, LABELS, seed=1)
@@ -88,7 +90,7 @@ def test_insertion_and_deletion_follow_their_definition(link, labels):
         close(curves.aopc[image].item(), sum(deletion[0] - v for v in deletion) / (PLAYERS + 1))
 
 
-@pytest.mark.parametrize("link", ["probability", "logit"])
+@pytest.mark.parametrize("link", ["probability", "sigmoid", "logit"])
 def test_comprehensiveness_and_sufficiency_follow_their_definition(link):
     game, attributions = random_game(), normal(IMAGES, PLAYERS, LABELS, seed=1)
     labels = torch.tensor([2, 0, 1])
@@ -142,7 +144,7 @@ def test_complements_arrive_side_by_side_and_nothing_is_evaluated_twice():
     assert max(call.shape[1] for call in calls[:4]) <= 4
 
 
-@pytest.mark.parametrize("link", ["probability", "logit"])
+@pytest.mark.parametrize("link", ["probability", "sigmoid", "logit"])
 def test_exact_aopc_bounds_are_the_extremes_over_all_orders(link):
     game, labels = random_game(), torch.tensor([2, 0, 1])
     lower, upper = aopc_bounds(game, labels, num_players=PLAYERS, link=link)
@@ -466,7 +468,10 @@ MAPS = torch.zeros(2, 4, 4)
     [
         (lambda g: insertion_deletion(g, ATTRIBUTIONS, labels=torch.tensor([0, 1, LABELS])), "3 integers from 0 to 3"),
         (lambda g: insertion_deletion(g, ATTRIBUTIONS, labels=torch.tensor([0, 1])), "one per image"),
-        (lambda g: insertion_deletion(g, ATTRIBUTIONS, link="softmax"), "'probability', 'logit'.*got 'softmax'"),
+        (
+            lambda g: insertion_deletion(g, ATTRIBUTIONS, link="softmax"),
+            "'probability', 'sigmoid', 'logit'.*got 'softmax'",
+        ),
         (lambda g: insertion_deletion(g, ATTRIBUTIONS, batch_size=1), "at least 2"),
         (lambda g: insertion_deletion(g, ATTRIBUTIONS[:, :1]), "at least 2 players"),
         (lambda g: insertion_deletion(lambda s: g(s)[..., :1], ATTRIBUTIONS[..., :1]), "link='logit'"),

@@ -10,14 +10,18 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_shapley.hub import _add_tags
 from hf_shapley.model_card import (
     MARKER,
+    RECORD,
     ShapleyModelCard,
     ShapleyModelCardData,
     escape_markdown,
     format_number,
+    merge_results,
     numbers_in_card,
     render_model_card,
+    results_of_card,
     write_model_card,
 )
 
@@ -188,6 +192,21 @@ def test_a_loaded_card_is_saved_unchanged(results, tmp_path):
     loaded = ShapleyModelCard.load(tmp_path / "README.md")
     assert str(loaded) == card
     assert isinstance(loaded.data, ShapleyModelCardData)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["a: !!python/object/apply:os.getcwd []", "tags: [", "tags: 5", "a: &a [*a, *b]"],
+    ids=lambda text: text[:8],
+)
+def test_metadata_that_cannot_be_read_are_named(header, tmp_path):
+    """The parser's own errors, which say neither what is wrong nor where, reach nobody."""
+    path = tmp_path / "README.md"
+    path.write_text(f"---\n{header}\n---\n# Mine\n")
+    for read in (lambda: ShapleyModelCard.load(path), lambda: _add_tags(path, ["toy"])):
+        with pytest.raises(ValueError, match="metadata of the card"):
+            read()
+    assert path.read_text().endswith("# Mine\n")
 
 
 # ---- text
@@ -361,6 +380,41 @@ def test_malformed_results_are_refused(results, change, message):
 def test_a_path_in_place_of_results_is_refused():
     with pytest.raises(TypeError, match="load the JSON file first"):
         render_model_card("results.json", model_id="m")
+
+
+# ---- reading back
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_card_gives_back_the_results_it_shows(results, text):
+    """Labels apart, which are the model's; hostile texts too, and no text passes for a card's results."""
+    planted(results, text)
+    results["command"] = f"{text}\n{RECORD}{{}} -->"
+    card = render_model_card(results, model_id="m")
+    del results["labels"]
+    assert results_of_card(card) == results
+    assert render_model_card(results_of_card(card), model_id="m") == render_model_card(results, model_id="m")
+
+
+@pytest.mark.parametrize("change", [(MARKER, ""), (RECORD, RECORD + "["), (RECORD, RECORD + "[] -->\n")])
+def test_a_card_that_was_changed_gives_back_nothing(results, change):
+    assert results_of_card(render_model_card(results, model_id="m").replace(*change)) == {}
+
+
+def test_merged_results_hold_the_metrics_of_both(results):
+    """The later value counts where both have one; what only one says of the model stays."""
+    (first, second, third), other = results["metrics"], {"name": "Other", "split": "test"}
+    again = {**second, "value": 0.5}
+    later = {"model_name": "", "metrics": [again], "dataset": results["dataset"], "limits": ["Another."]}
+    merged = merge_results(results, later)
+    assert merged == {**results, "metrics": [first, again, third], "limits": [*results["limits"], "Another."]}
+    merged = merge_results(results, {**later, "dataset": other, "model_name": "new"})
+    assert [metric["value"] for metric in merged["metrics"]] == [0.97213, 0.00712, -1.5e-5, 0.5]
+    assert merged["model_name"] == "new"
+    card = render_model_card(merged, model_id="m")
+    assert [found.dataset_name for found in ModelCard(card).data.eval_results] == ["CIFAR-10"] * 3 + ["Other"]
+    assert "data: Other / test" in card
+    assert unsupported_numbers(card, merged) == []
 
 
 # ---- writing

@@ -37,8 +37,9 @@ from hf_shapley import (
     sample_coalitions,
     upsample_attributions,
 )
-from hf_shapley.attribution_head import UNTRAINED, _check_copies, activated, learning_less
+from hf_shapley.attribution_head import UNTRAINED, _check_copies
 from hf_shapley.coalitions import sum_over_coalitions
+from hf_shapley.heads import activated, learning_less
 from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
 
 PLAYERS = 24
@@ -114,7 +115,7 @@ def test_attributions_sum_to_logits_less_base_values(model, pixel_values):
 def test_the_influence_term_changes_attributions_but_not_logits(backbone, pixel_values):
     model = make_model(backbone, attribution_head="votes+influence")
     before = model(pixel_values)
-    nn.init.normal_(model.attribution_head.influence.weight)
+    nn.init.normal_(model.attribution_head.correction.weight)
     after = model(pixel_values)
     assert torch.equal(before.logits, after.logits)
     assert (before.attributions - after.attributions).abs().max() > 1e-2
@@ -124,14 +125,13 @@ def test_the_influence_term_changes_attributions_but_not_logits(backbone, pixel_
 
 
 def test_the_ordinary_forward_is_the_stock_backbones(model, pixel_values):
-    # One vote for all patches, or a last layer that is run for CLS alone, rounds differently.
-    tolerance = 1e-6 if model.attribution_head.pooled else 0
     votes = stock_voters(model, pixel_values)
     for block in model.attribution_head.vote_blocks:
         votes = block(votes)
     votes = nn.functional.linear(votes, model.classifier.weight) / PLAYERS
     expected = model.base_values + votes.sum(1)
-    torch.testing.assert_close(model(pixel_values).logits, expected, atol=tolerance, rtol=tolerance)
+    # What patches vote is summed before it is mapped to labels, which rounds differently.
+    torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_one_id_everywhere_is_the_ordinary_forward(model, pixel_values):
@@ -616,7 +616,7 @@ class ScaledInt8(nn.Linear):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_quantised_layer_keeps_its_weight_where_the_rest_learns_less(share):
-    """What learns beside a quantised weight gets its share of the gradient, and the weight is left as its layer has it."""
+    """What learns beside a quantised weight gets its share of the gradient; the weight stays as its layer has it."""
     layer, inputs = ScaledInt8(nn.Linear(6, 4)), torch.randn(3, 6, requires_grad=True)
     found, expected = learning_less(layer, share)(inputs), layer(inputs)
     assert torch.equal(found, expected)
@@ -715,8 +715,8 @@ def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(atte
 
 
 @pytest.mark.parametrize("offloaded", ["embeddings", "layers", "classifier", "attribution_head", "coalition_adapters"])
-def test_layers_may_be_offloaded_and_the_head_says_that_it_may_not(backbone, offloaded, pixel_values, tmp_path):
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
+def test_any_part_may_be_offloaded(backbone, offloaded, pixel_values, tmp_path):
+    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0])
     model.save_pretrained(tmp_path / "model")
     parts = [f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_children()]
     device_map = dict.fromkeys([*parts, "classifier", "attribution_head", "coalition_adapters"], "cpu")
@@ -726,18 +726,14 @@ def test_layers_may_be_offloaded_and_the_head_says_that_it_may_not(backbone, off
         tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offloaded")
     )
     assert any(parameter.is_meta for parameter in loaded.parameters())
-    if offloaded in ("classifier", "attribution_head"):
-        with pytest.raises(ValueError, match=f"`{offloaded}` are offloaded"):
-            loaded.explain(pixel_values)
-    else:
-        torch.testing.assert_close(loaded.explain(pixel_values), model.explain(pixel_values), atol=1e-6, rtol=1e-5)
-        found, expected = (played.coalition_values(pixel_values, draw()) for played in (loaded, model))
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(loaded.explain(pixel_values), model.explain(pixel_values), atol=1e-6, rtol=1e-5)
+    found, expected = (played.coalition_values(pixel_values, draw()) for played in (loaded, model))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("offloaded", ["backbone", "attribution_head"])
 def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_path):
-    """Neither from nor into an offloaded layer can be copied: refused, with the way round, in place of random layers."""
+    """Neither from nor into an offloaded layer can be copied: refused, with the way round, not left at random."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
     options = {"attribution_head": "votes+influence", "influence_own_layers": 1}
     whole = SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **options)
@@ -774,11 +770,13 @@ def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values
 
 
 def test_auto_model_gives_the_backbones_features(backbone, pixel_values, tmp_path):
-    """`AutoModel` loads of a checkpoint of ours what it would of a plain one, and so does the pipeline for features."""
+    """`AutoModel` loads of a checkpoint of ours what it would of a plain one; so does the pipeline for features."""
     model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
     model.save_pretrained(tmp_path / "ours")
     features, report = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not report["missing_keys"] and not any("vit." in key or "convnext." in key for key in report["unexpected_keys"])
+    assert not report["missing_keys"] and not any(
+        "vit." in key or "convnext." in key for key in report["unexpected_keys"]
+    )
     expected = model.base_model(pixel_values).last_hidden_state
     assert torch.equal(features.eval()(pixel_values).last_hidden_state, expected)
 
@@ -860,7 +858,7 @@ HEADS = {
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_model_says_whether_its_attributions_were_trained(backbone, head, pixel_values, tmp_path, caplog):
-    """A plain checkpoint, just loaded or saved and loaded again, says once that it was not; after a step it does not."""
+    """A plain checkpoint, loaded or saved and loaded again, says once that it was not; after a step it does not."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
     SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **HEADS[head]).save_pretrained(tmp_path / "ours")
     assert UNTRAINED not in caplog.text  # whoever loads a checkpoint to train it need not hear of it
@@ -1006,7 +1004,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(ours, theirs, tmp_path)
     [
         (torch.zeros(3, 16, 24), "must be of shape"),
         (torch.zeros(0, 3, 16, 24), "batch > 0"),
-        (torch.zeros(1, 1, 16, 24), "3 channels, got 1"),
+        (torch.zeros(1, 1, 16, 24), "3 channels.* got 1 in shape.*image processor"),
+        (torch.zeros(1, 16, 24, 3), r"3 channels.* got 16 in shape \(1, 16, 24, 3\): permute\(0, 3, 1, 2\)"),
         (torch.zeros(1, 3, 16, 24, dtype=torch.uint8), "floating point"),
         (torch.zeros(1, 3, 17, 24), r"resize or crop|use the image processor"),
         (torch.full((1, 3, 16, 24), torch.nan), "must be finite"),

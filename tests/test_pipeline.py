@@ -5,9 +5,12 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_model
 from datasets import Dataset
 from PIL import Image
@@ -21,6 +24,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_shapley import ShapleyImageClassificationPipeline
+from hf_shapley.training_job import write_predictions
 
 TASK = "shapley-image-classification"
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -125,12 +129,13 @@ def test_scores_are_the_function_of_the_logits(classifier, function, apply):
     np.testing.assert_allclose([entry["score"] for entry in entries], apply(logits), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "problem, total",
-    [("single_label_classification", 1.0), ("multi_label_classification", None), ("regression", None)],
-)
-def test_scores_follow_the_problem_type_as_in_the_stock_pipeline(problem, total):
-    model = make_model("vit", problem_type=problem)
+PROBLEMS = ["single_label_classification", "multi_label_classification", "regression", None]
+CASES = [(problem, 5) for problem in PROBLEMS] + [(problem, 1) for problem in PROBLEMS[1:]]
+
+
+@pytest.mark.parametrize("problem, num_labels", CASES)
+def test_scores_follow_the_problem_type_as_in_the_stock_pipeline(problem, num_labels):
+    model = make_model("vit", problem_type=problem, num_labels=num_labels)
     image = pictures(1)[0]
     ours = pipeline(TASK, model=model, image_processor=PROCESSOR, device="cpu")(image)
     # transformers 5.23 does this by itself, its predecessors do not.
@@ -138,8 +143,26 @@ def test_scores_follow_the_problem_type_as_in_the_stock_pipeline(problem, total)
     stock = pipeline("image-classification", model=model, image_processor=PROCESSOR, device="cpu")(image, **options)
     assert [entry["label"] for entry in ours] == [entry["label"] for entry in stock]
     np.testing.assert_allclose([e["score"] for e in ours], [e["score"] for e in stock], atol=1e-6)
-    if total is not None:
-        assert sum(entry["score"] for entry in ours) == pytest.approx(total)
+    if problem in (None, "single_label_classification") and num_labels > 1:
+        assert sum(entry["score"] for entry in ours) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("problem, num_labels", CASES)
+def test_predictions_of_a_training_job_have_the_same_scores(problem, num_labels, tmp_path):
+    model = make_model("vit", problem_type=problem, num_labels=num_labels)
+    entries = [pipeline(TASK, model=model, image_processor=PROCESSOR, device="cpu")(image)[0] for image in pictures()]
+    pixel_values = PROCESSOR(images=pictures(), return_tensors="pt")["pixel_values"]
+    result = SimpleNamespace(predictions=model(pixel_values).logits.detach().numpy(), metrics={})
+    trainer = SimpleNamespace(predict=lambda *_, **__: result, model=model, is_world_process_zero=lambda: True)
+    write_predictions(trainer, None, tmp_path / "predictions.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [entry["label"] for entry in entries]
+    assert [line["score"] for line in lines] == pytest.approx([entry["score"] for entry in entries], abs=1e-5)
+
+
+def test_numbers_of_numpys_kinds_are_numbers(classifier):
+    assert len(classifier(pictures(1)[0], top_k=np.int64(3))) == 3
+    assert [entry["label"] for entry in classifier(pictures(1)[0], labels=np.int64(3))] == ["dog"]
 
 
 def test_options_given_to_the_pipeline_hold_for_every_call(vit):
@@ -288,7 +311,12 @@ def site():
     server.server_close()
 
 
-@pytest.mark.parametrize("form", ["image", "path", "Path", "bytes", "bytes dict", "path dict", "data url", "url"])
+FORMS = ["image", "path", "Path", "bytes", "bytes dict", "path dict", "data url", "url", "bytearray", "memoryview"]
+FORMS += ["array", "tensor", "BytesIO", "open file", "data url with line breaks", "quoted data url", "base64"]
+FORMS += ["base64 with line breaks"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_picture_gives_the_same(classifier, expected, form, tmp_path, site):
     image = pictures(1)[0]
     path = tmp_path / "http picture.png"  # not to be taken for a URL
@@ -302,9 +330,55 @@ def test_every_form_of_a_picture_gives_the_same(classifier, expected, form, tmp_
         "path dict": {"bytes": None, "path": str(path)},
         "data url": "data:image/png;base64," + base64.b64encode(encoded(image)).decode(),
         "url": f"{site}/picture.png",
+        "bytearray": bytearray(encoded(image)),
+        "memoryview": memoryview(encoded(image)),
+        "array": np.asarray(image),
+        "tensor": torch.tensor(np.asarray(image)).permute(2, 0, 1),
+        "BytesIO": io.BytesIO(encoded(image)),
+        "data url with line breaks": "data:image/png;base64," + base64.encodebytes(encoded(image)).decode(),
+        "quoted data url": "data:image/png;base64," + quote(base64.b64encode(encoded(image)), safe=""),
+        "base64": base64.b64encode(encoded(image)).decode(),
+        "base64 with line breaks": base64.encodebytes(encoded(image)).decode(),
     }
+    if form == "open file":
+        with path.open("rb") as file:
+            same(classifier(file, top_k=5), expected[0])
+            same(classifier([file], top_k=5)[0], expected[0])
+        return
     same(classifier(forms[form], top_k=5), expected[0])
     same(classifier([forms[form]], top_k=5)[0], expected[0])
+
+
+def test_an_array_of_pictures_is_many_pictures(classifier, expected):
+    stacked = np.stack([np.asarray(image) for image in pictures()])
+    for batch in (stacked, torch.tensor(stacked).permute(0, 3, 1, 2)):
+        for left, right in zip(classifier(batch, top_k=5), expected, strict=True):
+            same(left, right)
+
+
+def test_a_long_name_of_a_missing_file_is_named(classifier):
+    with pytest.raises(FileNotFoundError, match="missing.png"):
+        classifier("x" * 90 + "/missing.png")
+
+
+def test_a_picture_is_refused_by_what_the_processor_would_make_of_it():
+    """A file of 140 bytes would take gigabytes where its shorter edge, of one pixel, is enlarged to hundreds."""
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 224}, crop_pct=0.875)
+    small = encoded(Image.new("1", (20_000, 1)), optimize=True)
+    assert len(small) < 200
+    classifier = pipeline(TASK, model=make_model("convnext"), image_processor=processor, device="cpu")
+    with pytest.raises(ValueError, match=r"20000 x 1 .* enlarge it to 5120000 x 256, .* 64000000 pixels"):
+        classifier(small)
+    assert len(classifier(Image.new("RGB", (300, 2)))) == 5
+
+
+def test_a_model_of_grey_images_is_asked_with_grey_levels():
+    model, image = make_model("vit", num_channels=1), pictures(1)[0]
+    grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])
+    logits = model(grey(images=image.convert("L"), return_tensors="pt")["pixel_values"]).logits[0]
+    entries = pipeline(TASK, model=model, image_processor=grey, device="cpu")(image, overlay=True)
+    assert [entry["logit"] for entry in entries] == pytest.approx(logits.sort(descending=True).values.tolist())
+    assert entries[0]["overlay"].size == image.size
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I"])
@@ -322,6 +396,8 @@ def test_refused_pictures_say_why(classifier, tmp_path, site):
     cases = [
         (str(empty), OSError, "it is empty"),
         (b"", OSError, "it is empty"),
+        ("data:image/png,abcd", OSError, "not marked by"),
+        (np.zeros((4, 4)), ValueError, "scale to 0"),
         (encoded(pictures(1)[0])[:200], OSError, "complete file"),
         (b"no picture at all", OSError, "no known format"),
         (str(tmp_path / "missing.png"), FileNotFoundError, "missing.png"),
@@ -353,13 +429,13 @@ def test_a_download_has_a_limit(classifier, site, monkeypatch):
 
 # ---- options
 
+
 def test_an_answer_that_is_not_finite_is_refused():
     model = make_model("vit", num_labels=5)
     model.classifier.bias.data[0] = float("nan")
     classifier = pipeline(TASK, model=model, image_processor=PROCESSOR)
     with pytest.raises(ValueError, match="answers NaN or infinity"):
         classifier(pictures()[0])
-
 
 
 @pytest.mark.parametrize(

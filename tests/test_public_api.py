@@ -8,33 +8,68 @@ from test_layout import MODULES, packages, relative_imports
 import hf_shapley
 
 # Public within the package: what users reach through something else, such as the command line or the Trainer.
-INTERNAL_MODULES = {"checks", "cli", "demo", "evaluation_job", "files", "training_card", "training_job"}
+INTERNAL_MODULES = {
+    "checks",
+    "cli",
+    "dataset_images",
+    "demo",
+    "evaluation_card",
+    "evaluation_job",
+    "files",
+    "labels",
+    "picture_rows",
+    "terminal",
+    "training_card",
+    "training_job",
+}
 INTERNAL = {
-    "attribution_head": {
+    "attribution_head": {"ShapleyImageClassifierMixin", "check_grid"},
+    "heads": {
         "CoalitionAdapter",
         "NarrowConvolution",
         "ResidualMLP",
-        "ShapleyImageClassifierMixin",
         "ZeroLinear",
         "absent_shares",
         "activated",
-        "check_grid",
+        "at_least_float32",
         "coalition_adapters",
         "dtype_of_products",
         "is_own_part",
+        "is_plain_linear",
         "learning_less",
         "linear_of",
+        "mapped",
         "scale_gradient",
         "share_evenly",
-        "sums_of_linear",
+        "sums_of_centred",
+        "weight_of",
     },
     "checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
     "coalitions": {"check_coalitions", "sum_over_coalitions"},
     "configuration_shapley": {"ShapleyConfigMixin"},
+    "posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
     "digits": {"label_maps", "trainable"},
-    "hub": {"keep_card_of_hub", "label_names", "push_with_card", "with_limits"},
+    "estimators": {
+        "CheckedGame",
+        "check_budget",
+        "check_request",
+        "covers_every_coalition",
+        "exact_estimate",
+        "with_complements",
+    },
+    "hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card", "with_limits"},
+    "images": {"is_array"},
     "interoperability": {"ImageGame"},
-    "model_card": {"escape_markdown", "format_number", "numbers_in_card"},
+    "loading": {"ForeignCodeError", "ModelForPipeline"},
+    "model_card": {
+        "escape_markdown",
+        "format_number",
+        "is_generated",
+        "merge_results",
+        "numbers_in_card",
+        "reading_metadata",
+        "results_of_card",
+    },
     "modeling_shapley_convnext": {
         "DepthwiseConv2d",
         "InfluenceConvNextLayer",
@@ -42,7 +77,8 @@ INTERNAL = {
         "ShapleyConvNextModel",
     },
     "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
-    "pipeline_shapley": {"custom_pipelines"},
+    "pipeline_shapley": {"custom_pipelines", "label_scores", "pixel_values_of", "score_function"},
+    "visualization": {"check_enlargement"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
 

@@ -412,12 +412,13 @@ def test_the_table_on_cifar10_is_that_of_its_result_files():
         ("vit", "plain-then_frozen_with_adapters-spread_sizes", 3),
     ],
 )
-def test_the_recommended_recipe_is_one_that_was_measured(backbone, name, least):
+def test_the_recipe_with_adapters_is_one_that_was_measured(backbone, name, least):
     runs = runs_of("*", name, backbone)
     assert len(runs) >= least
     for _, found in runs:
         assert found["frozen"] == ("frozen" in name)
-        model_options, training_options = fine_tuning_recipe(found["settings"]["learning_rate"], backbone)
+        options = found["settings"]["learning_rate"], backbone, "adapted"
+        model_options, training_options = fine_tuning_recipe(*options)
         if found["frozen"]:  # a classifier that does not learn takes no share of any gradient
             model_options = {key: value for key, value in model_options.items() if not key.endswith("_gradient")}
         assert model_options.items() <= found["config"].items()

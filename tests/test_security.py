@@ -35,6 +35,7 @@ from hf_shapley import (
     write_model_card,
 )
 from hf_shapley.cli import main
+from hf_shapley.loading import ForeignCodeError
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "gradio_demo"
@@ -158,6 +159,23 @@ def test_code_of_an_unknown_architecture_runs_only_where_it_is_trusted(tmp_path,
     assert not trace.exists()
 
 
+def test_code_of_an_image_processor_is_not_even_offered(tmp_path, trace, monkeypatch):
+    """Neither by the pipeline nor by the command line; transformers asks "Do you wish to run the custom code?"."""
+    folder, picture = save_model(tmp_path / "model"), tmp_path / "picture.png"
+    Image.new("RGB", (24, 16)).save(picture)
+    plant_code(folder, trace, architectures=["ViTForImageClassification"])
+    path = folder / "preprocessor_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**stored, "image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}})
+    )
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    with pytest.raises(ForeignCodeError, match="image processor of .* is code of that repository, which is not run"):
+        pipeline(TASK, model=str(folder), device="cpu")
+    assert main(["explain", str(picture), "--model", str(folder), "-o", str(tmp_path / "out.png")]) == 1
+    assert not trace.exists()
+
+
 def test_the_package_unpickles_and_evaluates_nothing():
     forbidden = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "subprocess"}
     for path in (ROOT / "src" / "hf_shapley").glob("*.py"):
@@ -176,6 +194,41 @@ def test_the_package_unpickles_and_evaluates_nothing():
             "os.popen",
             "yaml.load",
         }, path
+
+
+SIZES = {
+    "vit": ["num_hidden_layers", "hidden_size", "intermediate_size", "image_size", "patch_size", "num_channels"],
+    "convnext": ["depths", "hidden_sizes", "patch_size", "num_channels"],
+}
+OWN_SIZES = ["vote_layers", "influence_layers", "influence_own_layers", "coalition_adapter_size", "num_labels"]
+
+
+@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_sizes_beyond_the_weight_files_are_refused(backbone, auto, sharded, tmp_path):
+    """A line of config.json that asks for 10^9 layers would keep a machine busy until its memory is full."""
+    model = make_model(backbone, attribution_head="votes+influence", influence_block="convolution")
+    model.save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "5GB")
+    load = (AutoModelForImageClassification if auto else type(model)).from_pretrained
+    load(tmp_path)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    for option in [*SIZES[backbone], *OWN_SIZES]:
+        value = stored.get(option)
+        large = [*value[:-1], 10**9] if isinstance(value, list) else 10**9
+        named = {} if option == "num_labels" else {name: stored[name] for name in ("id2label", "label2id")}
+        others = {name: value for name, value in stored.items() if name not in ("id2label", "label2id")}
+        path.write_text(json.dumps({**others, **named, option: large}))
+        with pytest.raises(
+            (OSError, ValueError), match="calls for at least|`num_labels` must be|must be at most 2, the layers"
+        ):
+            load(tmp_path)
+
+
+def test_an_honest_checkpoint_is_never_called_too_large(model):
+    """The fewest weights that a configuration can call for are not more than its model has, and nearly as many."""
+    fewest = sum(model.config._fewest_weights(model.config.to_dict()).values())
+    assert 0.7 * model.num_parameters() < fewest <= model.num_parameters()
 
 
 class Tags(HTMLParser):

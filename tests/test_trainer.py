@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import (
     HfArgumentParser,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -19,6 +21,7 @@ from hf_shapley import (
     coalitions_to_ids,
     fine_tuning_recipe,
     importance_weights,
+    paired_residual_loss,
     refinement_recipe,
     sample_coalitions,
 )
@@ -47,6 +50,13 @@ def make_trainer(tmp_path, model=None, data=None, **options) -> ShapleyTrainer:
     return trainer
 
 
+def rebuilt(trainer: ShapleyTrainer, cls: type[ShapleyTrainer] = ShapleyTrainer, **parts) -> ShapleyTrainer:
+    """A trainer of another class or with further parts, of the same model, arguments and rows."""
+    other = cls(trainer.model, trainer.args, train_dataset=trainer.train_dataset, **parts)
+    other.remove_callback(PrinterCallback)
+    return other
+
+
 def batch_of(rows: list[dict]) -> dict:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -59,7 +69,13 @@ def logged(trainer, name: str) -> list[float]:
 def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
     """L = CE + coalition_weight * mean w CE(v, p) + shapley_weight * N * mean w (v - base - sum phi)^2, slowly."""
     model = make_model(backbone, attribution_head="votes+influence").train()
-    options = {"coalition_weight": 0.5, "shapley_weight": 2.0, "num_pairs": 2, "coalition_sizes": sizes}
+    options = {
+        "coalition_weight": 0.5,
+        "shapley_weight": 2.0,
+        "num_pairs": 2,
+        "readout_weight": 0.3,
+        "coalition_sizes": sizes,
+    }
     trainer = make_trainer(tmp_path, model, per_device_train_batch_size=4, **options)
     trainer.current_gradient_accumulation_steps = 1
     batch = batch_of(images(4))
@@ -85,7 +101,27 @@ def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
     torch.testing.assert_close(terms["coalition"], torch.stack(coalition).mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(terms["shapley"], torch.stack(shapley).mean(), atol=1e-5, rtol=1e-4)
     assert all(term > 0 for term in terms.values())
-    torch.testing.assert_close(loss, terms["classification"] + 0.5 * terms["coalition"] + 2.0 * terms["shapley"])
+    regression = terms["shapley"] + 0.3 * terms["readout"]
+    torch.testing.assert_close(loss, terms["classification"] + 0.5 * terms["coalition"] + 2.0 * regression)
+
+
+def test_the_readout_term_averages_over_directions(backbone, tmp_path):
+    """It is the mean, over random directions in place of the classifier's weights, of the Shapley term's odd part."""
+    model = make_model(backbone, attribution_head="votes+influence", vote_readout="pooled")
+    trainer = make_trainer(tmp_path, model)
+    batch = batch_of(images(2))
+    coalitions = sample_coalitions(2, 3, num_players=24, generator=torch.Generator().manual_seed(0))
+    sums = model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+    found = trainer.loss_terms(sums, 24, batch["labels"])["readout"]
+    weight = model.classifier.weight.data
+    length = weight.square().sum(-1).mean().sqrt()
+    terms = []
+    for direction in torch.eye(weight.shape[1]):  # the mean over an orthonormal basis is that over all directions
+        weight.copy_(length * direction.expand_as(weight))
+        played = model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+        residuals = played.coalition_gains - played.coalition_attributions
+        terms.append(paired_residual_loss(residuals, 24, even_weight=0.0))
+    torch.testing.assert_close(found, torch.stack(terms).mean(), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
@@ -104,7 +140,7 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
         return output.logits, model.coalition_values(pixels, coalitions), output.attributions
 
     before = played()
-    recipe = refinement_recipe(1e-2) if adapters == "frozen" else fine_tuning_recipe(1e-2)[1]
+    recipe = refinement_recipe(1e-2) if adapters == "frozen" else fine_tuning_recipe(1e-2, game="adapted")[1]
     recipe |= {"shapley_warmup": 0.0, "shapley_every": 2}
     make_trainer(tmp_path, model, num_train_epochs=3, weight_decay=0.1, **recipe).train()
     after = played()
@@ -215,7 +251,7 @@ def test_the_shapley_term_leaves_detached_votes_alone(tmp_path):
     config = {"attribution_head": "votes+influence", "influence_gradient": 0.0}
     found = gradients(tmp_path, value_gradient=0.0, config=config)
     reached = {name for name, gradient in found.items() if gradient.abs().max() > 0}
-    assert reached and all(name.startswith("attribution_head.influence") for name in reached)
+    assert reached and all(name.startswith("attribution_head.") for name in reached)
     # With the gradient through the values, classifier and backbone learn too.
     assert gradients(tmp_path, value_gradient=1.0, config=config)["classifier.weight"].abs().max() > 0
 
@@ -224,8 +260,8 @@ def test_the_base_values_get_no_gradient_from_the_shapley_term(tmp_path):
     assert gradients(tmp_path, value_gradient=0.0)["classifier.bias"].abs().max() == 0
 
 
-def test_with_the_recommended_recipe_the_labels_alone_teach_the_classifier(backbone, tmp_path):
-    model_options, training_options = fine_tuning_recipe(backbone=backbone)
+def test_with_adapters_the_labels_alone_teach_the_classifier(backbone, tmp_path):
+    model_options, training_options = fine_tuning_recipe(backbone=backbone, game="adapted")
     model = make_model(backbone, **model_options).train()
     batch = batch_of(images(4))
 
@@ -242,7 +278,7 @@ def test_with_the_recommended_recipe_the_labels_alone_teach_the_classifier(backb
     for name in joint.keys() - own:
         torch.testing.assert_close(joint[name], plain[name], atol=1e-7, rtol=1e-5)
     assert joint.keys() - own == plain.keys()
-    assert all(joint[name].any() for name in own if name.endswith(("up.weight", "influence.weight")))
+    assert all(joint[name].any() for name in own if name.endswith(("up.weight", "correction.weight")))
 
 
 def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):
@@ -268,7 +304,7 @@ def test_the_head_may_learn_on_alone(backbone, tmp_path):
     options = {"coalition_weight": 0.0, "value_gradient": 0.0, "attribution_learning_rate": 1e-2}
     make_trainer(tmp_path, model, num_pairs=2, **options).train()
     learned = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert "attribution_head.influence.weight" in learned
+    assert "attribution_head.correction.weight" in learned
     assert all(name.startswith("attribution_head.") for name in learned)
 
 
@@ -388,6 +424,196 @@ def test_multi_label_classification_trains(tmp_path):
     assert all(value > 0 for value in logged(trainer, "loss_coalition"))
 
 
+def mixed(count: int = 16) -> list[dict]:
+    """Rows whose labels are probabilities, as MixUp makes them."""
+    rows = images(count)
+    hot = [F.one_hot(row["labels"], 5).float() for row in rows]
+    mixes = [0.7 * own + 0.3 * other for own, other in zip(hot, hot[1:] + hot[:1], strict=True)]
+    return [{"pixel_values": row["pixel_values"], "labels": mix} for row, mix in zip(rows, mixes, strict=True)]
+
+
+def cross_entropy_of_all(outputs, labels, num_items_in_batch=None):
+    """A loss as the Trainer wants it: summed, over the number of labels in the whole optimizer step."""
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("target", ["prediction", "label"])
+def test_a_callers_loss_leaves_the_problem_as_it_was(target, tmp_path):
+    """With `compute_loss_func` labels do not reach the model, as in `Trainer`: its scores stay those of a softmax."""
+    given = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        given.append((outputs.loss, labels.shape))
+        return F.cross_entropy(outputs.logits, labels)
+
+    trainer = make_trainer(tmp_path, data=mixed(), coalition_target=target)
+    trainer.compute_loss_func = loss
+    batch = batch_of(mixed(4))
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model.train(), batch)
+    assert given == [(None, (4, 5))] and "labels" in batch
+    assert trainer.model.config.problem_type is None
+    coalitions = trainer._draw_coalitions(trainer.model, batch, 0)
+    output = trainer.model(batch["pixel_values"], coalitions_to_ids(coalitions), sums_only=True)
+    log_p = (output.base_values + output.coalition_gains).log_softmax(-1)  # (4, 1, 2, 5)
+    wanted = output.logits.softmax(-1) if target == "prediction" else batch["labels"]
+    expected = -(wanted[:, None, None] * log_p).sum(-1).mean()
+    torch.testing.assert_close(trainer._term_sums["coalition"], expected.detach())
+
+
+def test_probabilities_as_labels_are_a_single_label_problem(tmp_path):
+    """Where `problem_type` says so, probabilities are learned by cross-entropy, in training and in evaluation."""
+    model = make_model("vit", problem_type="single_label_classification")
+    trainer = make_trainer(tmp_path, model, mixed(), coalition_target="label")
+    trainer.eval_dataset = mixed(6)
+    batch = batch_of(mixed(6))
+    with torch.no_grad():
+        expected = -(batch["labels"] * model(batch["pixel_values"]).logits.log_softmax(-1)).sum(-1).mean()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    trainer.train()
+    assert model.config.problem_type == "single_label_classification"
+    assert all(value > 0 for value in logged(trainer, "loss_coalition"))
+
+
+def test_a_callers_loss_accumulates_as_the_joint_loss_does(tmp_path):
+    """Two batches of four with `num_items_in_batch` give the terms and the weights of one batch of eight."""
+    weights, losses = [], []
+    for size, accumulation in ((8, 1), (4, 2)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        options |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+        trainer = rebuilt(make_trainer(tmp_path / str(size), **options), compute_loss_func=cross_entropy_of_all)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+        losses.append([logged(trainer, name) for name in ("loss", "loss_classification", "loss_shapley")])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-5, rtol=1e-4)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_one_label_without_a_problem_type_is_a_regression(tmp_path):
+    """With a caller's loss a model of one label learns masked predictions by their squared error, as regression."""
+    data = [{**row, "labels": row["labels"].float()} for row in images()]
+    trainer = make_trainer(tmp_path, make_model("vit", num_labels=1), data)
+    trainer.compute_loss_func = lambda outputs, labels, **_: F.mse_loss(outputs.logits[:, 0], labels)
+    trainer.train()
+    assert trainer.model.config.problem_type is None
+    assert all(value > 0 for value in logged(trainer, "loss_coalition"))
+
+
+def recorded(trainer: ShapleyTrainer) -> list[torch.Tensor]:
+    """Where the coalition ids of every forward will be."""
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["coalition_ids"]), with_kwargs=True
+    )
+    return seen
+
+
+def doubled(rows: list[dict]) -> dict:
+    """A collator that shows each image twice, as repeated augmentation does."""
+    return batch_of([row for row in rows for _ in range(2)])
+
+
+def test_larger_batches_have_coalitions_for_all_images(tmp_path):
+    """A collator that repeats images: each copy has its own coalitions, the same in every run."""
+    seen = []
+    for _ in range(2):
+        trainer = rebuilt(make_trainer(tmp_path, max_steps=1), data_collator=doubled)
+        ids = recorded(trainer)
+        trainer.train()
+        seen += ids
+    assert seen[0].shape == (16, 1, 24)
+    assert len(seen[0].unique(dim=0)) == 16
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_larger_batches_accumulate_as_one(tmp_path):
+    """Two batches of four, each doubled by the collator, have the coalitions of one batch of eight, doubled."""
+    seen = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = rebuilt(make_trainer(tmp_path, max_steps=1, **options), data_collator=doubled)
+        ids = recorded(trainer)
+        trainer.train()
+        seen.append(torch.cat(ids))
+    assert torch.equal(*seen)
+
+
+class OwnLoss(ShapleyTrainer):
+    """As Hugging Face's documentation shows it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class MoreLoss(ShapleyTrainer):
+    """Adds to the joint loss, of which it asks twice."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        once = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return once + super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def test_a_loss_that_forgets_the_explanation_warns_once(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for cls, warned in ((OwnLoss, True), (MoreLoss, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rebuilt(trainer, cls).train()
+        messages = [str(entry.message) for entry in caught if "compute_loss" in str(entry.message)]
+        assert len(messages) == warned
+        assert all("OwnLoss.compute_loss" in text and "compute_loss_func" in text for text in messages)
+
+
+class Interrupted(TrainerCallback):
+    """Raises once, in the middle of an optimizer step."""
+
+    def __init__(self, error: BaseException):
+        self.errors = [error]
+
+    def on_substep_end(self, *_, **__):
+        if self.errors:
+            raise self.errors.pop()
+
+
+TWO_BATCHES = {"gradient_accumulation_steps": 2, "max_steps": 1}
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_second_run_draws_what_the_first_did(stopped, tmp_path):
+    """After a whole run, and after Ctrl-C within a step, terms and coalitions are those of a first run."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=4, learning_rate=0.0, **TWO_BATCHES)
+    seen = recorded(trainer)
+    trainer.train()
+    wanted, terms = torch.cat(seen), logged(trainer, "loss_shapley")
+    if stopped:
+        trainer.add_callback(Interrupted(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    seen.clear()
+    trainer.train()
+    assert torch.equal(torch.cat(seen), wanted)
+    assert logged(trainer, "loss_shapley") == pytest.approx(terms)
+
+
+def test_a_smaller_batch_after_running_out_of_memory_draws_anew(tmp_path):
+    """`auto_find_batch_size`: the run with batches of three is the one that starts with three."""
+    options = {"per_device_train_batch_size": 3, **TWO_BATCHES}
+    trainer = make_trainer(tmp_path, **options)
+    wanted = recorded(trainer)
+    trainer.train()
+    options = {"per_device_train_batch_size": 4, "auto_find_batch_size": True, **TWO_BATCHES}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.add_callback(Interrupted(RuntimeError("CUDA out of memory.")))
+    seen = recorded(trainer)
+    trainer.train()
+    assert [len(ids) for ids in seen] == [4, 3, 3]
+    assert torch.equal(torch.cat(seen[1:]), torch.cat(wanted))
+
+
 def test_the_stock_trainer_trains_our_model(tmp_path):
     model = make_model("vit")
     before = model.classifier.weight.clone()
@@ -438,3 +664,11 @@ def test_other_models_arguments_and_batches_are_refused(tmp_path):
     unlabelled = [{"pixel_values": row["pixel_values"]} for row in images()]
     with pytest.raises(ValueError, match="`pixel_values` and `labels` in each batch"):
         make_trainer(tmp_path, data=unlabelled).train()
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_labels_that_are_text_are_refused_by_name(column, tmp_path):
+    """transformers' collator leaves text out, or fails on it: the message says what came and how to number it."""
+    data = [{"pixel_values": row["pixel_values"], column: "cat"} for row in images()]
+    with pytest.raises(ValueError, match=rf"`{column}` must hold ids of labels, got the text 'cat'.*ClassLabel"):
+        make_trainer(tmp_path, data=data).train()

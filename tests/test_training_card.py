@@ -1,14 +1,17 @@
 """A trainer's card tells what the run knows, and never replaces a card that somebody wrote."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_model
 from datasets import Dataset
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import PrinterCallback
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
-from hf_shapley.attribution_head import UNTRAINED, ZeroLinear
+from hf_shapley.attribution_head import UNTRAINED
+from hf_shapley.heads import ZeroLinear
 from hf_shapley.hub import with_limits
 from hf_shapley.training_card import _last_evaluation, _metrics
 
@@ -87,7 +90,7 @@ def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
 
 
 def test_the_card_names_every_option_of_the_head_that_was_set(tmp_path):
-    make_trainer(tmp_path, model=fine_tuning_recipe()[0]).create_model_card()
+    make_trainer(tmp_path, model=fine_tuning_recipe(game="adapted")[0]).create_model_card()
     text = card_in(tmp_path).text
     for setting in ("influence own layers: 1", "influence gradient: 0", "coalition gradient: 0"):
         assert setting in text
@@ -112,6 +115,32 @@ def test_a_card_that_somebody_wrote_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("# Mine")
     make_trainer(tmp_path).save_model()
     assert (tmp_path / "README.md").read_text() == "# Mine"
+
+
+def blank_card_of_peft() -> str:
+    """What `save_pretrained` of peft 0.21 leaves where there is no card: the Hub's form, and two lines."""
+    data = ModelCardData(base_model="", library_name="peft", tags=["base_model:adapter:", "lora", "transformers"])
+    return f"{ModelCard.from_template(data)}\n### Framework versions\n\n- PEFT 0.21.2\n"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_the_blank_card_of_peft_is_replaced(tmp_path, newline):
+    """Nobody wrote it. The new one says that the folder holds adapters."""
+    (tmp_path / "README.md").write_text(blank_card_of_peft(), newline=newline)
+    trainer = make_trainer(tmp_path)
+    trainer.model.peft_config = {"default": SimpleNamespace(peft_type="LORA")}
+    trainer.create_model_card()
+    card = card_in(tmp_path)
+    assert "attribution head: votes" in card.text and "More Information Needed" not in card.text
+    assert card.data.library_name == "peft"
+    assert {"lora", "hf_shapley"} <= set(card.data.tags)
+
+
+def test_a_form_that_somebody_filled_in_is_kept(tmp_path):
+    filled = blank_card_of_peft().replace("**License:** [More Information Needed]", "**License:** mine")
+    (tmp_path / "README.md").write_text(filled)
+    make_trainer(tmp_path).create_model_card()
+    assert (tmp_path / "README.md").read_text() == filled
 
 
 def test_a_generated_card_is_replaced_and_can_go_to_another_folder(tmp_path):

@@ -1,6 +1,7 @@
 """Maps lie where the model looked, in colours that say sign and size; figures share one scale."""
 
 import gc
+import io
 import sys
 import weakref
 
@@ -380,3 +381,69 @@ def test_without_matplotlib_the_message_names_the_extra(monkeypatch, draws):
 
 def test_the_hub_does_not_ask_for_matplotlib():
     assert "matplotlib" not in get_imports(visualization.__file__)
+
+
+# ---- titles
+
+
+@pytest.mark.parametrize("size", [(60, 40), (20, 60)])
+@pytest.mark.parametrize("columns", [1, 9])
+def test_long_names_do_not_overlap(size, columns):
+    """Titles of neighbours, of the figure's edge and of the colour bar have room between them."""
+    names = [("W" * 100, "great white shark, man-eater, Carcharodon carcharias")[i % 2] for i in range(columns)]
+    figure = attribution_figure(Image.new("RGB", size), np.ones((columns, 2, 3)), names, title="file name " * 9)
+    figure.savefig(io.BytesIO(), format="png")
+    boxes = [panel.title.get_window_extent() for panel in figure.axes[:-1]]
+    starts = [*(box.x0 for box in boxes[1:]), figure.axes[-1].get_tightbbox().x0]
+    assert boxes[0].x0 >= 0
+    assert all(box.x1 < start for box, start in zip(boxes, starts, strict=True))
+
+
+def test_a_long_name_keeps_its_start_and_end():
+    name = "great white shark, white shark, man-eater, man-eating shark, Carcharodon, Carcharodon carcharias (97.1%)"
+    figure = attribution_figure(Image.new("RGB", (60, 40)), np.ones((1, 2, 3)), [name])
+    (title,) = titles_of(figure)
+    first, second, third, total = title.split("\n")
+    assert name.startswith(f"{first} {second}")
+    assert third[0] == "\N{HORIZONTAL ELLIPSIS}" and name.endswith(third[1:]) and third.endswith("carcharias (97.1%)")
+    assert total == "sum +6.00"
+
+
+def test_letters_that_no_font_has_are_written_as_escapes(monkeypatch):
+    """In place of boxes, which are all alike; matplotlib's warning about them would fail this test."""
+    monkeypatch.setattr(visualization, "_installed_families", lambda: ["DejaVu Sans"])
+    figure = attribution_figure(Image.new("RGB", (60, 40)), np.ones((1, 2, 3)), ["cat \U000f0000\U00030000\u3000dog"])
+    for format in ("png", "svg", "pdf"):
+        figure.savefig(io.BytesIO(), format=format)
+    assert titles_of(figure) == ["cat \N{REPLACEMENT CHARACTER}\\U00030000 dog\nsum +6.00"]
+
+
+def test_letters_are_drawn_in_an_installed_font(tmp_path):
+    """A font made for this test has a letter that hardly any other font has."""
+    font_manager = pytest.importorskip("matplotlib.font_manager")
+    builder = pytest.importorskip("fontTools.fontBuilder").FontBuilder(1000)
+    glyphs = [".notdef", "letter"]
+    builder.setupGlyphOrder(glyphs)
+    builder.setupCharacterMap({0x30000: "letter"})
+    pen = pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    pen.lineTo((0, 700))
+    pen.lineTo((500, 0))
+    pen.closePath()
+    builder.setupGlyf(dict.fromkeys(glyphs, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (600, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "A One Letter", "styleName": "Regular"})
+    builder.setupOS2(usWeightClass=400)
+    builder.setupPost()
+    builder.save(tmp_path / "font.ttf")
+    installed = font_manager.fontManager.ttflist
+    before = list(installed)
+    try:
+        font_manager.fontManager.addfont(tmp_path / "font.ttf")
+        figure = attribution_figure(Image.new("RGB", (60, 40)), np.ones((1, 2, 3)), ["\U00030000"])
+        figure.savefig(io.BytesIO(), format="png")
+    finally:
+        installed[:] = before
+    assert titles_of(figure) == ["\U00030000\nsum +6.00"]
+    assert figure.axes[1].title.get_fontfamily()[-1] == "A One Letter"

@@ -355,6 +355,8 @@ def _source(examples: Sequence[str]) -> gr.Image:
         height=300,
         elem_id="source",
     )
+    # Gradio would open the file before the library does, and say nothing of why it cannot.
+    source.preprocess = lambda payload: payload and payload.path
     if examples:
         gr.Examples([[path] for path in examples], source, label="Or choose one", elem_id="examples")
     return source

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
-from .attribution_head import AttributionHead, ShapleyImageClassifierOutput, upsample_attributions
+from .attribution_head import ShapleyImageClassifierOutput, upsample_attributions
 from .certificate import AttributionCertificate, attribution_error_certificate
 from .checkpoints import last_complete_checkpoint
 from .coalitions import (
@@ -28,6 +28,7 @@ from .coalitions import (
 )
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
+from .heads import AttributionHead
 from .hub import push_to_hub
 from .images import load_image, to_rgb
 from .losses import (
@@ -64,6 +65,7 @@ from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .recipes import fine_tuning_recipe, refinement_recipe
+from .refinement import refine
 from .version import __version__
 from .visualization import (
     attribution_figure,
@@ -165,6 +167,7 @@ __all__ = [
     "processor_geometry",
     "push_to_hub",
     "ranked_coalitions",
+    "refine",
     "refinement_recipe",
     "render_model_card",
     "sample_coalitions",
@@ -195,6 +198,7 @@ def __dir__() -> list[str]:
 def _register() -> None:
     """Make the Auto classes and pipelines of transformers know our models, and our models know our cards."""
     from .hub import push_with_card
+    from .loading import ModelForPipeline
 
     families = [
         (ShapleyViTConfig, ShapleyViTForImageClassification, ViTImageProcessorPil),
@@ -211,7 +215,7 @@ def _register() -> None:
         AutoModel.register(config, model.features_class, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
-        TASK, ShapleyImageClassificationPipeline, pt_model=AutoModelForImageClassification, type="image"
+        TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
     )
     # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
     for published in (*(model for _, model, _ in families), ShapleyImageClassificationPipeline):

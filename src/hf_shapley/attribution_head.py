@@ -1,28 +1,27 @@
-"""From patch tokens to votes, attributions and logits; shared by every backbone.
+"""From patch tokens to readouts, values and attributions; shared by every backbone.
 
-Each present patch n votes Phi_n(x_S) in R^K, already divided by the number of players N. The value of a coalition is
-v(S) = base + sum_{n in S} Phi_n(x_S); the logits are v(all), and the attributions sum to v(all) - v(empty) by
-construction.
+Of a coalition S the classifier reads z_S in R^D, its readout: what the stock model reads of the present patches, or
+the sum of the present patches' tokens over the number of players N. The value is v(S) = W z_S + b with W and b of the
+classifier; the logits are v(all). Shapley values are linear in the game, so they are learned once, for the readout:
+phi = Phi W' with Phi (N, D), and the attributions sum to v(all) - v(empty) by construction.
 """
 
 import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import ModelOutput, cached_file
 from transformers.utils.generic import can_return_tuple
 
 from .checks import (
@@ -35,11 +34,27 @@ from .checks import (
     known_labels,
     may_be_read,
 )
-from .coalitions import check_coalitions, coalitions_to_ids, ids_to_coalitions, sum_over_coalitions
+from .coalitions import (
+    check_coalitions,
+    coalitions_to_ids,
+    ids_to_coalitions,
+)
 from .configuration_shapley import ShapleyConfigMixin
+from .heads import (
+    ZeroLinear,
+    at_least_float32,
+    linear_of,
+    mapped,
+    scale_gradient,
+    share_evenly,
+    weight_of,
+)
+from .posterior import ShapleyPosterior, coalitions_to_ask, shapley_posterior
 
 logger = logging.getLogger(__name__)
 
+# The last layer of the influence head, and what it was called when each label had weights of its own.
+TIED, UNTIED = "attribution_head.correction.weight", "attribution_head.influence.weight"
 UNTRAINED = "The attributions of this model have not been trained."
 TRAIN = "Train it with `ShapleyTrainer` or `hf-shapley train`."
 
@@ -59,6 +74,8 @@ class ShapleyImageClassifierOutput(ModelOutput):
             `coalition_ids` (B', R, N) were given.
         coalition_gains: (B', R, G, K), float32: v(S) - v(empty) of each coalition; with `sums_only`.
         coalition_attributions: (B', R, G, K), float32: attributions summed over each coalition; with `sums_only`.
+        readout_errors: (B', R, G, D), float32: what the readout of each coalition gains over the empty one's, less the
+            sum of the readout's attributions over it; the gradient is the attribution head's alone; with `sums_only`.
         hidden_states: the backbone's, when asked for.
         attentions: the backbone's, when asked for (ViT).
     """
@@ -71,298 +88,21 @@ class ShapleyImageClassifierOutput(ModelOutput):
     coalition_votes: Tensor | None = None
     coalition_gains: Tensor | None = None
     coalition_attributions: Tensor | None = None
+    readout_errors: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
-def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
-    """Return `tensor` unchanged, with `scale` times its gradient: 1 lets it flow, 0 detaches."""
-    if scale == 1:
-        return tensor
-    detached = tensor.detach()
-    return detached if scale == 0 else detached + scale * (tensor - detached)
+class _Reading(NamedTuple):
+    """What a forward reads of the full images and of no player at all."""
 
-
-def _is_alone(module: nn.Module) -> bool:
-    """Whether the module is nothing but its class's forward: no hook sees what it takes or gives."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
-    return not (any(hooks) or "forward" in vars(module))
-
-
-def activated(act: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
-    """`act(hidden)`, in place where it is GELU and nothing else needs `hidden`, which the linear layer `source` made.
-
-    The hidden tensor is the largest of a layer: to touch new memory of its size takes a CPU longer than GELU does.
-    """
-    known = getattr(act, "act", None) is nn.functional.gelu and type(source) is nn.Linear
-    if hidden.requires_grad or not (may_be_read(hidden) and known and _is_alone(act) and _is_alone(source)):
-        return act(hidden)
-    return torch.ops.aten.gelu_(hidden)
-
-
-def learning_less(module: nn.Module, share: float) -> Callable:
-    """The module as a function whose weights get `share` of their gradient; its input still gets all of its own."""
-    if share == 1 or not torch.is_grad_enabled():
-        return module
-    # Frozen weights stay what they are: a quantised layer's are more than a tensor.
-    learning = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-    if not learning:
-        return module
-    weights = {name: scale_gradient(weight, share) for name, weight in learning.items()}
-    if _is_alone(module):
-        # The same. To exchange a module's weights takes the host longer than to launch its kernel.
-        every = {**dict(module.named_parameters()), **weights}
-        if type(module) is nn.Linear:
-            return partial(nn.functional.linear, **every)
-        if type(module) is nn.LayerNorm:
-            shape = module.normalized_shape
-            return partial(nn.functional.layer_norm, normalized_shape=shape, eps=module.eps, **every)
-    return lambda *args: torch.func.functional_call(module, weights, args)
-
-
-def dtype_of_products(tensor: Tensor) -> torch.dtype:
-    """What matrix products and convolutions of a tensor compute in: its own dtype, or autocast's, if not float64."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero, so that what it adds starts at nothing."""
-
-
-class ResidualMLP(nn.Module):
-    """x + MLP(norm(x)) on each token by itself; starts as the identity, so a plain checkpoint keeps its meaning."""
-
-    def __init__(self, hidden_size: int, hidden_act: str):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
-        self.act = ACT2FN[hidden_act]
-        self.fc2 = ZeroLinear(4 * hidden_size, hidden_size)
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return tokens + self.fc2(activated(self.act, self.fc1(self.norm(tokens)), self.fc1))
-
-
-class NarrowConvolution(nn.Module):
-    """x + MLP(norm(x + dwconv(x))) on the grid: a ConvNeXt layer with an MLP an eighth as wide as the tokens.
-
-    It mixes cells for about a twenty-fifth of that layer's operations, and starts as the identity.
-    """
-
-    def __init__(self, hidden_size: int, hidden_act: str):
-        super().__init__()
-        narrow = max(1, hidden_size // 8)
-        self.dwconv = nn.Conv2d(hidden_size, hidden_size, kernel_size=7, padding=3, groups=hidden_size, bias=False)
-        self.norm = nn.LayerNorm(hidden_size)
-        self.fc1 = nn.Linear(hidden_size, narrow)
-        self.act = ACT2FN[hidden_act]
-        self.fc2 = ZeroLinear(narrow, hidden_size)
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        cells = tokens.transpose(1, 2).unflatten(-1, grid)  # (B, D, h, w)
-        mixed = tokens + self.dwconv(cells).flatten(2).transpose(1, 2)
-        return tokens + self.fc2(self.act(self.fc1(self.norm(mixed))))
-
-
-class CoalitionAdapter(nn.Module):
-    """What one layer's tokens need when players are absent, and nothing else does: it vanishes for the full image.
-
-    A token whose coalition lacks a share a of the players gets a * up(act(down(norm(x)) + a * shift)) on top: the
-    bottleneck of Houlsby et al. (arXiv:1902.00751), gated. So v(S) can learn while v(all), the classifier, stays what
-    it is to the bit. Starts at nothing.
-
-    Args:
-        hidden_size: D, width of the tokens.
-        size: width of the bottleneck.
-        hidden_act: its activation.
-    """
-
-    def __init__(self, hidden_size: int, size: int, hidden_act: str):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.down = nn.Linear(hidden_size, size)
-        self.shift = nn.Linear(1, size, bias=False)
-        self.act = ACT2FN[hidden_act]
-        self.up = ZeroLinear(size, hidden_size)
-
-    def forward(self, tokens: Tensor, absent: Tensor) -> Tensor:
-        """Tokens (..., D) and the share of players that their coalitions lack, (..., 1) -> (..., D)."""
-        change = self.up(self.act(self.down(self.norm(tokens)) + self.shift(absent)))
-        return torch.addcmul(tokens, absent, change)  # without a tensor between
-
-
-class AttributionHead(nn.Module):
-    """Patch tokens to votes and, with "votes+influence", to attributions that differ from votes by a zero-sum term.
-
-    Exactly, the Shapley value of player i is the mean of its own vote over the coalitions that hold it, plus the mean
-    of its influence on the votes of others. The second part is what the influence term learns.
-
-    Args:
-        config: a Shapley configuration.
-        hidden_size: D, width of the tokens.
-        make_block: builds one backbone layer that takes (tokens, grid); for `influence_block="backbone"` and the
-            layers of the influence head's own.
-    """
-
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, make_block: Callable[[], nn.Module]):
-        super().__init__()
-        config.check_head()
-        self.pooled = config.vote_readout == "pooled"
-        self.vote_gradient = config.vote_gradient
-        if self.vote_gradient is None:
-            self.vote_gradient = 1.0 if config.attribution_head == "votes" else 0.0
-        self.influence_gradient = config.influence_gradient
-        self.coalition_gradient = config.coalition_gradient
-        self.vote_blocks = nn.ModuleList(
-            ResidualMLP(hidden_size, config.hidden_act) for _ in range(config.vote_layers)
-        )
-        self.influence = None
-        self.own_layers = 0
-        if config.attribution_head == "votes+influence":
-            self.own_layers = config.influence_own_layers
-            if self.own_layers:
-                self.own_blocks = nn.ModuleList(make_block() for _ in range(self.own_layers))
-                self.own_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-            kind = {"mlp": ResidualMLP, "convolution": NarrowConvolution}.get(config.influence_block)
-            self.influence_blocks = nn.ModuleList(
-                kind(hidden_size, config.hidden_act) if kind else make_block() for _ in range(config.influence_layers)
-            )
-            self.influence_norm = nn.LayerNorm(hidden_size)
-            self.influence = ZeroLinear(hidden_size, config.num_labels, bias=False)
-
-    def voters(self, tokens: Tensor, members: Tensor, empty: Tensor | None, share: float = 1.0) -> Tensor:
-        """What the classifier reads for each player.
-
-        Args:
-            tokens: of the players, (..., N, D); with `vote_readout="pooled"` one per coalition, (..., G, D).
-            members: bool (..., G, N), True = member.
-            empty: with "pooled", what `vote_tokens` makes of the empty coalition's token, (D).
-            share: of the gradient, what the weights and `empty` get.
-
-        Returns:
-            (..., N, D).
-        """
-        tokens = self.vote_tokens(tokens, share)
-        return tokens if empty is None else share_evenly(tokens - scale_gradient(empty, share), members)
-
-    def vote_tokens(self, tokens: Tensor, share: float = 1.0) -> Tensor:
-        """Tokens as the classifier reads them: (..., D) -> (..., D)."""
-        for block in self.vote_blocks:
-            tokens = learning_less(block, share)(tokens)
-        return tokens
-
-    def attributions(
-        self, tokens: Tensor, votes: Tensor, grid: tuple[int, int], labels: Tensor | None = None
-    ) -> Tensor:
-        """Votes of the full image, plus the influence term where there is one.
-
-        Args:
-            tokens: of the players, (B, N, D).
-            votes: of every label, (B, N, K), or of some, (B, N, L).
-            grid: (h, w) of the players.
-            labels: those labels' ids, (B, L).
-
-        Returns:
-            As `votes`.
-        """
-        votes = scale_gradient(votes, self.vote_gradient)
-        if self.influence is None:
-            return votes
-        influence = linear_of(self._influence_tokens(tokens, grid), self.influence.weight, labels).float()
-        influence.div_(tokens.shape[-2])  # in place: with many labels this is the largest tensor of a forward
-        return influence.sub_(influence.mean(dim=-2, keepdim=True)).add_(votes)
-
-    def attribution_sums(self, tokens: Tensor, vote_sums: Tensor, coalitions: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Attributions summed over coalitions: tokens (B, N, D), sums (B, M, K), bool (B, M, N) -> (B, M, K)."""
-        vote_sums = scale_gradient(vote_sums, self.vote_gradient)
-        if self.influence is None:
-            return vote_sums
-        tokens = self._influence_tokens(tokens, grid).float()  # half precision would leave a sum that is not 0
-        tokens = tokens - tokens.mean(dim=-2, keepdim=True)
-        return vote_sums + sums_of_linear(tokens, coalitions, self.influence.weight) / tokens.shape[-2]
-
-    def copy_layers(self, layers: Sequence[nn.Module], norm: nn.Module) -> None:
-        """Start the influence head's own layers and norm as copies of the backbone's last ones."""
-        for own, other in zip([*self.own_blocks, self.own_norm], [*layers, norm], strict=True):
-            own.load_state_dict(other.state_dict())
-
-    def own_tokens(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """The tokens that the influence head's own layers make of the backbone's, (B, T, D) -> (B, T, D)."""
-        tokens = scale_gradient(tokens, self.influence_gradient)
-        for block in self.own_blocks:
-            tokens = block(tokens, grid)
-        return self.own_norm(tokens)
-
-    def _influence_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        if not self.own_layers:
-            tokens = scale_gradient(tokens, self.influence_gradient)
-        for block in self.influence_blocks:
-            tokens = block(tokens, grid)
-        return self.influence_norm(tokens)
-
-
-def is_own_part(name: str) -> bool:
-    """Whether a parameter of this name is the attribution head's or a coalition adapter's, not the classifier's."""
-    return "attribution_head." in name or "coalition_adapters." in name
-
-
-def coalition_adapters(config: PreTrainedConfig, widths: Sequence[int]) -> nn.ModuleList:
-    """One adapter after each layer, of the layers' widths D; none with `coalition_adapter_size=0`."""
-    size = config.coalition_adapter_size
-    return nn.ModuleList(CoalitionAdapter(width, size, config.hidden_act) for width in widths if size)
-
-
-def absent_shares(members: Tensor, coalition_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The share of all players that each coalition lacks, and that each player's own lacks; 0 where none is absent.
-
-    Args:
-        members: bool (B', R, G, N).
-        coalition_ids: (B', R, N).
-        dtype: of the result.
-
-    Returns:
-        (B' R, G, 1), (B' R, N, 1).
-    """
-    absent = 1 - members.flatten(0, 1).float().mean(-1, keepdim=True).to(dtype)
-    return absent, absent.gather(1, coalition_ids.flatten(0, 1).unsqueeze(-1))
-
-
-def share_evenly(pooled: Tensor, members: Tensor) -> Tensor:
-    """Give each member N / size times its coalition's token: (..., G, D), bool (..., G, N) -> (..., N, D), float32.
-
-    Summed over the members and divided by N it is that token again; an empty coalition's is lost.
-    """
-    shares = members.shape[-1] / members.sum(-1).clamp(min=1)  # (..., G)
-    with torch.autocast(pooled.device.type, enabled=False):
-        return (members * shares.unsqueeze(-1)).transpose(-1, -2) @ pooled.float()
-
-
-def linear_of(tokens: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
-    """A linear map to every label, (B, N, D), (K, D) -> (B, N, K), or to each image's own (B, L) -> (B, N, L)."""
-    if labels is None:
-        return nn.functional.linear(tokens, weight)
-    # Each image's own weights are (B, L, D): where every label's outcome takes no more memory, choose from those.
-    if labels.shape[1] * weight.shape[1] >= tokens.shape[1] * weight.shape[0]:
-        return _of_labels(nn.functional.linear(tokens, weight), labels)
-    return tokens @ weight[labels].mT
-
-
-def _of_labels(values: Tensor, labels: Tensor) -> Tensor:
-    """What players have for each image's own labels: (B, N, K), (B, L) -> (B, N, L)."""
-    return values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
-
-
-def sums_of_linear(tokens: Tensor, coalitions: Tensor, weight: Tensor) -> Tensor:
-    """A linear map of tokens, summed over coalitions: (..., N, D), bool (..., M, N), (K, D) -> (..., M, K), float32.
-
-    Sums first and maps then, which for many labels costs much less than the other way round.
-    """
-    sums = sum_over_coalitions(coalitions, tokens)  # (..., M, D)
-    with torch.autocast(tokens.device.type, enabled=False):
-        return nn.functional.linear(sums, weight.to(sums.dtype)).float()
+    tokens: Tensor  # of the players, for the influence head: (B, N, D)
+    voting: Tensor  # (B, N, D), or (B, 1, D) with `vote_readout="pooled"`
+    readout_gains: Tensor  # z_all - z_empty, (B, D)
+    gains: Tensor  # v(all) - v(empty), (B, K)
+    empty: Tensor  # z_empty, (D)
+    base_values: Tensor  # v(empty), (K)
+    grid: tuple[int, int]
 
 
 class ShapleyImageClassifierMixin:
@@ -409,6 +149,7 @@ class ShapleyImageClassifierMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         name = str(pretrained_model_name_or_path)
+        cls.config_class.check_stored_sizes(pretrained_model_name_or_path, **kwargs)
         if isinstance(kwargs.get("config"), PreTrainedConfig):
             options = {option.name for option in fields(ShapleyConfigMixin)} & kwargs.keys()
             kwargs["config"] = cls.config_class.of(kwargs["config"], **{name: kwargs.pop(name) for name in options})
@@ -428,6 +169,10 @@ class ShapleyImageClassifierMixin:
                 raise
             raise OSError(f"The weights of {name!r} are damaged ({error}): download or save them again.") from error
         _check_backbone(info, cls.base_model_prefix, name)
+        if UNTIED in info["unexpected_keys"]:
+            _tie(model, name, kwargs)
+            info["missing_keys"] = set(info["missing_keys"]) - {TIED}
+            info["unexpected_keys"] = set(info["unexpected_keys"]) - {UNTIED}
         if broken := _not_finite(model):
             raise OSError(
                 f"The checkpoint {name!r} has NaN or infinity in {len(broken)} weights, such as {broken[:3]}: its "
@@ -442,7 +187,13 @@ class ShapleyImageClassifierMixin:
         return (model, info) if wants_info else model
 
     def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, push_to_hub: bool = False, *args, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Save weights, configuration and code, the pipeline's included, so that the Hub can serve all of them.
 
@@ -482,7 +233,7 @@ class ShapleyImageClassifierMixin:
         Raises:
             ValueError: with `attribution_head="votes"`, where attributions are what the classifier makes of patches.
         """
-        if self.attribution_head.influence is None:
+        if self.attribution_head.correction is None:
             raise ValueError(
                 "A frozen classifier needs `attribution_head='votes+influence'`, got 'votes': its attributions are "
                 "the classifier's own and could not learn either. Load the checkpoint with that option."
@@ -492,14 +243,19 @@ class ShapleyImageClassifierMixin:
         for name, part in self.attribution_head.named_children():
             part.requires_grad_(name != "vote_blocks")
 
-    def _empty(self, token: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """What the classifier reads of the empty coalition's token (D), None without one, and v(empty) (K)."""
-        base_values = self.classifier.bias.to(torch.float32, copy=True)  # a later optimizer step must not change it
+    def _empty(self, token: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Readout of the empty coalition (D), from its token (D) where there is one, and v(empty) (K)."""
         if token is None:
-            return None, base_values
-        empty = self.attribution_head.vote_tokens(token).float()
-        with torch.autocast(empty.device.type, enabled=False):
-            return empty, base_values + nn.functional.linear(empty, self.classifier.weight.float())
+            readout = torch.zeros(self.attribution_head.hidden_size, device=device)
+        else:
+            readout = at_least_float32(self.attribution_head.vote_tokens(token))
+        return readout, mapped(self.classifier, readout[None])[0]  # quantised layers take no single row
+
+    @property
+    def game_name(self) -> str:
+        """Whose game is explained, and what an absent player is, in words."""
+        whose = "the classifier with adapters for masked images" if self.coalition_adapters else "the classifier's own"
+        return f"{whose}, absent patches dropped"
 
     @property
     def base_values(self) -> Tensor:
@@ -507,9 +263,14 @@ class ShapleyImageClassifierMixin:
         with torch.no_grad(), _evaluating(self):
             return self._empty_alone()[1]
 
-    def _empty_alone(self) -> tuple[Tensor | None, Tensor]:
+    def _empty_alone(self) -> tuple[Tensor, Tensor]:
         """As `_empty`, where there is no image to take the token along with."""
-        return self._empty(self._empty_token() if self.attribution_head.pooled else None)
+        return self._empty(self._empty_token() if self.attribution_head.pooled else None, self._input_device)
+
+    @property
+    def _input_device(self) -> torch.device:
+        """Where inputs belong: with the weights that are not offloaded."""
+        return next((weight.device for weight in self.parameters() if not weight.is_meta), self.device)
 
     @property
     def attributions_trained(self) -> bool:
@@ -539,7 +300,8 @@ class ShapleyImageClassifierMixin:
         if not may_be_read(outputs.logits):
             return
         given = (outputs.logits, outputs.attributions, outputs.base_values)
-        if not all(math.isfinite(extreme) for tensor in given for extreme in torch.aminmax(tensor.detach())):
+        extremes = [torch.aminmax(tensor.detach()) for tensor in given if tensor is not None]
+        if not all(math.isfinite(extreme) for pair in extremes for extreme in pair):
             broken = _not_finite(self)
             cause = f"weights {broken[:3]} are not finite" if broken else f"its numbers are too large for {self.dtype}"
             raise ValueError(
@@ -591,11 +353,11 @@ class ShapleyImageClassifierMixin:
         """
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
         labels = None if labels is None else self._check_targets(labels, pixel_values)
-        if sums_only and coalition_ids is None:
-            raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
-        members, structured, recorded = None, None, {}
+        structured, recorded = None, {}
         if coalition_ids is None:
-            attributed = None if attributed is None else self._labels_to_attribute(attributed, len(pixel_values))
+            _check_no_sums(sums_only)
+            if attributed is not None:
+                attributed = self._labels_to_attribute(attributed, len(pixel_values))
             (tokens, voting, empty), recorded = self._recorded_tokens(pixel_values, interpolate_pos_encoding, **kwargs)
         else:
             _check_ordinary_options({**kwargs, "attributed": attributed})
@@ -607,23 +369,23 @@ class ShapleyImageClassifierMixin:
             structured = self._played(embeddings, coalition_ids, members, num_with_gradient)
 
         head = self.attribution_head
-        empty, base_values = self._empty(empty)
-        voters = head.voters(voting, tokens.new_ones(voting.shape[0], 1, tokens.shape[1], dtype=torch.bool), empty)
+        empty, base_values = self._empty(empty, pixel_values.device)
+        voting = head.vote_tokens(voting)
+        everyone = voting.new_ones(voting.shape[0], 1, tokens.shape[1], dtype=torch.bool)
+        readout = head.readouts(voting, everyone, empty).squeeze(1)  # (B, D)
+        logits = mapped(self.classifier, readout)  # (B, K)
+        if isinstance(attributed, int):
+            attributed = logits.topk(attributed).indices
+        gains = scale_gradient(logits - base_values, head.vote_gradient)
+        read = _Reading(tokens, voting, readout - empty, gains, empty, base_values, grid)
+        fields = {} if sums_only else {"attributions": self._attributions(read, attributed)}
         if structured is not None:
-            structured = head.voters(structured, members, empty, head.coalition_gradient)  # (B', R, N, D)
-        if sums_only:
-            gains, fields = self._sums(tokens, voters, structured, members, grid)
-        elif attributed is None:
-            gains, fields = self._votes(tokens, voters, structured, grid)
-        else:
-            gains, fields = self._chosen(tokens, voters, base_values, attributed, grid)
-        for name in [name for name in ("coalition_gains", "coalition_votes") if name in fields]:
-            fields[name] = _detached_beyond(fields[name], num_with_gradient)
-        logits = base_values + gains  # (B, K)
+            fields |= self._played_fields(read, structured, members, sums_only, num_with_gradient)
         return ShapleyImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,
             base_values=base_values,
+            attributed_labels=attributed,
             **fields,
             **recorded,
         )
@@ -638,63 +400,58 @@ class ShapleyImageClassifierMixin:
             constant = self._structured_tokens(embeddings[others], coalition_ids[others], members[others])
         return torch.cat([self._structured_tokens(embeddings[first], coalition_ids[first], members[first]), constant])
 
-    def _votes(
-        self, tokens: Tensor, voters: Tensor, structured: Tensor | None, grid: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gain of the full image (B, K), and the output's fields that hold something for each player."""
-        votes = self._shared_votes(voters) if self.attribution_head.pooled else self._votes_of(voters)  # (B, N, K)
-        fields = {"attributions": self.attribution_head.attributions(tokens, votes, grid)}
-        if structured is not None:
-            fields["coalition_votes"] = self._votes_of(structured, self.attribution_head.coalition_gradient)
-        return votes.sum(dim=1), fields
+    def _attributions(self, read: _Reading, labels: Tensor | None) -> Tensor:
+        """Attributions of every label, (B, N, K), or of each image's own labels (B, L), (B, N, L)."""
+        deviations = self.attribution_head.deviations(read.tokens, read.voting, read.grid)
+        attributions = linear_of(deviations, self._weight(deviations), labels).float()
+        attributions.div_(deviations.shape[1])  # in place: with many labels this is the largest tensor of a forward
+        shares = read.gains if labels is None else read.gains.gather(1, labels)
+        shares = (shares / deviations.shape[1]).unsqueeze(1)
+        return attributions.sub_(attributions.mean(dim=1, keepdim=True)).add_(shares)
 
-    def _chosen(
-        self, tokens: Tensor, voters: Tensor, base_values: Tensor, labels: Tensor | int, grid: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gain of the full image (B, K), and attributions of some labels only: of (B, L), or of so many best."""
-        pooled = self.attribution_head.pooled
-        if pooled:
-            votes = self._shared_votes(voters)
-            gains = votes.sum(dim=1)
-        else:
-            everyone = torch.ones(voters.shape[0], 1, voters.shape[-2], dtype=torch.bool, device=voters.device)
-            gains = self._gains(voters, everyone).squeeze(1)
-        if isinstance(labels, int):
-            labels = (base_values + gains).topk(labels).indices
-        if pooled:
-            votes = _of_labels(votes, labels)
-        else:
-            # As precise as their sums are, for these must add up to the logits.
-            with torch.autocast(voters.device.type, enabled=False):
-                votes = linear_of(voters.float(), self.classifier.weight.float(), labels) / voters.shape[1]
-        attributions = self.attribution_head.attributions(tokens, votes, grid, labels)
-        return gains, {"attributions": attributions, "attributed_labels": labels}
+    def _weight(self, like: Tensor) -> Tensor:
+        """The classifier's matrix (K, D), with as much of the attributions' gradient as votes get."""
+        weight = weight_of(self.classifier, self.attribution_head.hidden_size, like)
+        return scale_gradient(weight, self.attribution_head.vote_gradient)
 
-    def _shared_votes(self, voters: Tensor) -> Tensor:
-        """Votes of the full image with a pooled readout, where all patches vote the same: (B, N, D) -> (B, N, K)."""
-        return (self._votes_of(voters[:, :1]) / voters.shape[1]).expand(*voters.shape[:2], -1)
+    def _played_fields(
+        self, read: _Reading, structured: Tensor, members: Tensor, sums_only: bool, num_with_gradient: int
+    ) -> dict[str, Tensor]:
+        """The output's fields that hold something for the coalitions bool (B', R, G, N), from their tokens."""
+        head = self.attribution_head
+        structured = head.vote_tokens(structured, head.coalition_gradient)
+        readouts = head.readouts(structured, members, read.empty)  # (B', R, G, D)
+        if not sums_only:
+            gained = readouts - scale_gradient(read.empty, head.coalition_gradient)
+            votes = self._votes(structured, gained, members)
+            return {"coalition_votes": _detached_beyond(votes, num_with_gradient)}
+        share = head.coalition_gradient
+        gains = mapped(self.classifier, readouts, share) - scale_gradient(read.base_values, share)
+        attributions, readout_sums = self._sums(read, members)
+        return {
+            "coalition_gains": _detached_beyond(gains, num_with_gradient),
+            "coalition_attributions": attributions,
+            "readout_errors": (readouts - read.empty).detach() - readout_sums,
+        }
 
-    def _votes_of(self, voters: Tensor, share: float = 1.0) -> Tensor:
-        """Each player's vote, divided by the number of players: (..., N, D) -> (..., N, K), float32."""
-        weight = scale_gradient(self.classifier.weight, share)
-        votes = nn.functional.linear(voters.to(weight.dtype), weight).float()
-        return votes.div_(voters.shape[-2])  # in place: with many labels this is the largest tensor of a forward
+    def _votes(self, voting: Tensor, readout_gains: Tensor, members: Tensor) -> Tensor:
+        """Each player's vote when it sees only its own coalition, divided by their number: (B', R, N, K), float32."""
+        head = self.attribution_head
+        voters = share_evenly(readout_gains, members) if head.pooled else voting  # (B', R, N, D)
+        weight = scale_gradient(weight_of(self.classifier, head.hidden_size, voting), head.coalition_gradient)
+        return linear_of(voters, weight).float().div_(members.shape[-1])
 
-    def _sums(
-        self, tokens: Tensor, voters: Tensor, structured: Tensor, members: Tensor, grid: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gain of the full image (B, K), and the output's fields that hold something for each coalition."""
-        gains = self._gains(structured, members, self.attribution_head.coalition_gradient)  # (B', R, G, K)
-        total = self._gains(voters, members.new_ones(len(voters), 1, voters.shape[-2])).squeeze(1)
-        batch, shape = len(members), members.shape[1:3]
-        members = members.flatten(1, 2)  # (B', R G, N)
-        votes = self._gains(voters[:batch], members)
-        attributions = self.attribution_head.attribution_sums(tokens[:batch], votes, members, grid)
-        return total, {"coalition_gains": gains, "coalition_attributions": attributions.unflatten(1, shape)}
-
-    def _gains(self, voters: Tensor, members: Tensor, share: float = 1.0) -> Tensor:
-        """Votes summed over coalitions, v(S) - v(empty): (..., N, D), bool (..., M, N) -> (..., M, K), float32."""
-        return sums_of_linear(voters, members, scale_gradient(self.classifier.weight, share)) / members.shape[-1]
+    def _sums(self, read: _Reading, members: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the coalitions bool (B', R, G, N) of attributions (B', R, G, K), and of Phi (B', R, G, D)."""
+        batch, num_players = len(members), members.shape[-1]
+        head, flat = self.attribution_head, members.flatten(1, 2)  # (B', R G, N)
+        deviations = head.deviation_sums(read.tokens[:batch], read.voting[:batch], flat, read.grid) / num_players
+        deviations = deviations.unflatten(1, members.shape[1:3])
+        shares = members.sum(-1, keepdim=True) / num_players  # (B', R, G, 1)
+        with torch.autocast(deviations.device.type, enabled=False):
+            attributions = linear_of(deviations, self._weight(deviations).to(deviations.dtype)).float()
+        attributions = attributions + shares * read.gains[:batch, None, None]
+        return attributions, deviations + shares * read.readout_gains[:batch, None, None].detach()
 
     @torch.no_grad()
     def explain(
@@ -702,16 +459,21 @@ class ShapleyImageClassifierMixin:
         pixel_values: Tensor,
         labels: Sequence[int | str] | Tensor | None = None,
         *,
+        evaluations: int = 0,
         upsample: bool = False,
         interpolate_pos_encoding: bool | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Attribution maps of every image for all or for chosen labels, in logits.
 
         Args:
             pixel_values: (B, C, H, W).
             labels: None for all K; L label ids or names, the same for every image; or a long tensor (B, L).
+            evaluations: 0 takes the one pass as it is. From 2 to 16,384: so many values of the game bring it nearer to
+                the exact Shapley values, which half of their forwards under coalition structures cost.
             upsample: spread each patch's value evenly over its pixels, which keeps the sum: (H, W) instead of (h, w).
             interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+            generator: source of randomness for `evaluations`, on the CPU; None uses torch's global one.
 
         Returns:
             (B, K or L, h, w) float32 on the model's device; a map's sum is its label's logit less its base value.
@@ -720,13 +482,77 @@ class ShapleyImageClassifierMixin:
             ValueError: for pixels or labels that do not fit, or an answer that is NaN or infinite.
         """
         height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
+        check_count(evaluations, "evaluations", 0)
         if labels is not None:
             labels = self._label_ids(labels, len(pixel_values))
         with _evaluating(self):
             outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attributed=labels)
         self._check_answers(outputs)
-        maps = outputs.attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K or L, h, w)
+        attributions = outputs.attributions
+        if evaluations > 1:
+            asked = self._ask(pixel_values, attributions, labels, evaluations, interpolate_pos_encoding, generator)
+            attributions = torch.stack([found.values for found in asked]).to(attributions)
+        maps = attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K or L, h, w)
         return upsample_attributions(maps, tuple(pixel_values.shape[-2:])) if upsample else maps
+
+    @torch.no_grad()
+    def check_explanation(
+        self,
+        pixel_values: Tensor,
+        labels: Sequence[int | str] | Tensor | None = None,
+        *,
+        evaluations: int = 16,
+        interpolate_pos_encoding: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """How wrong each map of one pass is, judged by a few values of the game: a check that every map can carry.
+
+        A map from a head that has learned too little, or of an image unlike those it learned from, shows. The fewer
+        the evaluations, the less sure the judgement; `attribution_error_certificate` judges many images together.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            labels: as for `explain`; None for the predicted label alone.
+            evaluations: values of the game for each image, from 2 to 16,384.
+            interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+            generator: source of randomness, on the CPU; None uses torch's global one.
+
+        Returns:
+            (B, L) float32: expected squared error over the expected variance of the exact values over the patches.
+            0 is exact; 1 is no better than a map that gives every patch the same.
+        """
+        self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
+        check_count(evaluations, "evaluations", 2)
+        with _evaluating(self):
+            outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        self._check_answers(outputs)
+        asked = self._ask(pixel_values, outputs.attributions, None, evaluations, interpolate_pos_encoding, generator)
+        ratios = torch.stack([found.error_ratios for found in asked]).to(outputs.attributions)  # (B, K)
+        chosen = outputs.logits.argmax(-1, keepdim=True) if labels is None else self._label_ids(labels, len(ratios))
+        return ratios.gather(1, chosen)
+
+    def _ask(
+        self,
+        pixel_values: Tensor,
+        attributions: Tensor,
+        labels: Tensor | None,
+        evaluations: int,
+        interpolate_pos_encoding: bool | None,
+        generator: torch.Generator | None,
+    ) -> list[ShapleyPosterior]:
+        """What evaluations say of each image's attributions, (B, N, K), or of its own labels (B, L), (B, N, L)."""
+        device = pixel_values.device
+        drawn = [
+            coalitions_to_ask(evaluations, num_players=attributions.shape[1], generator=generator, device="cpu")
+            for _ in pixel_values
+        ]
+        coalitions = torch.stack([torch.cat([torch.ones_like(rows[:1]), rows]) for rows in drawn])  # (B, R, N)
+        pairs = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2).to(device)  # (B, 2 R, N)
+        values = self.coalition_values(pixel_values, pairs, interpolate_pos_encoding=interpolate_pos_encoding)
+        if labels is not None:
+            values = values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
+        odd = ((values[:, 0::2] - values[:, 1::2]) / 2).double().cpu()
+        return list(map(shapley_posterior, attributions.double().cpu(), coalitions, odd))
 
     @torch.no_grad()
     def coalition_values(
@@ -763,19 +589,18 @@ class ShapleyImageClassifierMixin:
         chunk = max(1, batch_size // len(pixel_values)) * (2 if paired else 1)
         with _evaluating(self):
             embeddings = self._embed(pixel_values, interpolate_pos_encoding)
-            empty = self._empty_alone()
-            values = [self._values(embeddings, part, paired, *empty) for part in coalitions.split(chunk, dim=1)]
-        return torch.cat(values, dim=1)
+            empty, base_values = self._empty_alone()
+            values = [self._values(embeddings, part, paired, empty) for part in coalitions.split(chunk, dim=1)]
+        # That of no player at all to the bit: a product with many rows rounds otherwise than one with a single row.
+        return torch.where(coalitions.any(-1, keepdim=True), torch.cat(values, dim=1), base_values)
 
-    def _values(
-        self, embeddings: Tensor, coalitions: Tensor, paired: bool, empty: Tensor | None, base_values: Tensor
-    ) -> Tensor:
+    def _values(self, embeddings: Tensor, coalitions: Tensor, paired: bool, empty: Tensor) -> Tensor:
         """v(S): (B, ...), (B, M, N) -> (B, M, K). With `paired`, coalition 2 j + 1 is the complement of 2 j."""
         structures = coalitions[:, 0::2] if paired else coalitions  # (B, R, N)
         members = torch.stack([structures, ~structures], dim=2)  # (B, R, 2, N)
         tokens = self._structured_tokens(embeddings, coalitions_to_ids(structures), members)
-        gains = self._gains(self.attribution_head.voters(tokens, members, empty), members)
-        return base_values + (gains if paired else gains[:, :, :1]).flatten(1, 2)
+        readouts = self.attribution_head.readouts(self.attribution_head.vote_tokens(tokens), members, empty)
+        return mapped(self.classifier, (readouts if paired else readouts[:, :, :1]).flatten(1, 2))
 
     def _check_pixels(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None, check_values: bool = False
@@ -791,16 +616,13 @@ class ShapleyImageClassifierMixin:
                 f"`pixel_values` must be floating point, got {pixel_values.dtype}: use the image processor."
             )
         if pixel_values.shape[1] != self.config.num_channels:
+            channels_last = pixel_values.shape[3] == self.config.num_channels
+            fix = "permute(0, 3, 1, 2) puts the channels first" if channels_last else "use the model's image processor"
             raise ValueError(
-                f"`pixel_values` must have {self.config.num_channels} channels, got {pixel_values.shape[1]}."
+                f"`pixel_values` must have {self.config.num_channels} channels, (batch, channels, height, width), got "
+                f"{pixel_values.shape[1]} in shape {tuple(pixel_values.shape)}: {fix}."
             )
-        for name, module in (("classifier", self.classifier), ("attribution_head", self.attribution_head.influence)):
-            if module is not None and module.weight.is_meta and not pixel_values.is_meta:
-                raise ValueError(
-                    f"The weights of `{name}` are offloaded, which works for the backbone's layers only: give "
-                    "`classifier` and `attribution_head` a device in `device_map`."
-                )
-        check_device(pixel_values, "pixel_values", self.classifier.weight.device)
+        check_device(pixel_values, "pixel_values", self._input_device)
         grid = self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
         # Elsewhere than on the CPU the check would make the host wait in every training step.
         checked = (check_values or pixel_values.device.type == "cpu") and may_be_read(pixel_values)
@@ -843,7 +665,7 @@ class ShapleyImageClassifierMixin:
 
     def _label_ids(self, labels: Sequence[int | str] | Tensor, batch: int) -> Tensor:
         """Label ids or names to long (batch, L)."""
-        device = self.classifier.weight.device
+        device = self._input_device
         num_labels = self.config.num_labels
         if not isinstance(labels, Tensor):
             labels = torch.tensor(known_labels(labels, self.config.id2label))
@@ -863,7 +685,7 @@ class _MismatchedSizes(ValueError, RuntimeError):
     """A ValueError as our refusals are, and a RuntimeError as transformers' own."""
 
 
-def _check_copies(model: nn.Module, name: str) -> None:
+def _check_copies(model: Any, name: str) -> None:
     """Refuse to start own layers as copies where a weight of either is offloaded or quantised, and so not at hand."""
     if all(weight.is_meta for weight in model.parameters()):  # a process that FSDP will send all weights
         return
@@ -871,14 +693,14 @@ def _check_copies(model: nn.Module, name: str) -> None:
     for module in (*layers, norm, model.attribution_head):
         if any(weight.is_meta or not weight.is_floating_point() for weight in module.parameters()):
             raise ValueError(
-                "The influence head's own layers start as copies of the backbone's last ones, of which some are offloaded "
-                f"or quantised: load {name!r} once without `device_map` and `quantization_config`, save it, and load "
-                "what was saved."
+                "The influence head's own layers start as copies of the backbone's last ones, of which some are "
+                f"offloaded or quantised: load {name!r} once without `device_map` and `quantization_config`, save it, "
+                "and load what was saved."
             )
 
 
 def _not_finite(model: nn.Module) -> list[str]:
-    """Names of the weights that hold NaN or infinity; those that hold no numbers here, or only bytes, are passed over."""
+    """Names of the weights that hold NaN or infinity; those that hold no numbers here, or only bytes, do not count."""
     return [
         name
         for name, weight in model.named_parameters()
@@ -895,6 +717,20 @@ def _check_backbone(info: dict, prefix: str, name: str) -> None:
                 f"The checkpoint {name!r} {what} {len(keys)} weights of the backbone, such as {keys[:3]}: download or "
                 "save it again, with the configuration it belongs to."
             )
+
+
+def _tie(model: nn.Module, name: str, options: dict[str, Any]) -> None:
+    """Make an influence head with weights of its own for each label, U (K, D), the correction pinv(W) U, the same."""
+    places = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    file = cached_file(name, "model.safetensors", **{key: options[key] for key in places if key in options})
+    head, classifier = model.get_submodule("attribution_head"), model.get_submodule("classifier")
+    untied, weight = load_state_dict(file)[UNTIED].double(), classifier.get_parameter("weight").detach().cpu().double()
+    if weight.shape[0] > weight.shape[1] or torch.linalg.matrix_rank(weight) < weight.shape[0]:
+        raise ValueError(
+            f"The checkpoint {name!r} has an influence head of {weight.shape[0]} labels, which the classifier's "
+            f"{weight.shape[1]} features cannot express: train its attribution head anew, from the plain one."
+        )
+    head.get_parameter("correction.weight").data.copy_(torch.linalg.pinv(weight) @ untied)
 
 
 def upsample_attributions(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -937,6 +773,11 @@ def _check_coalition_ids(ids: Tensor, num_coalitions: int | None, images: Tensor
     if lowest < 0 or highest >= num_players:
         raise ValueError(f"`coalition_ids` must lie in [0, {num_players}), got {lowest} to {highest}.")
     return highest + 1
+
+
+def _check_no_sums(sums_only: bool) -> None:
+    if sums_only:
+        raise ValueError("`sums_only` sums over coalitions: give `coalition_ids` too.")
 
 
 def _check_ordinary_options(options: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
+from unicodedata import category
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ def describe(value: Any) -> str:
         return f"shape {tuple(value.shape)} of {value.dtype}"
     text = repr(value)
     return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def printable(text: Any) -> str:
+    """The text without control and invisible characters, which can turn around or repaint what it says."""
+    hidden = {letter for letter in str(text) if category(letter)[0] == "C" and letter != "\n"}
+    return str(text).translate({ord(letter): "\N{REPLACEMENT CHARACTER}" for letter in hidden})
 
 
 def check_count(value: Any, name: str, minimum: int = 1, fix: str = "give a whole number") -> None:
@@ -107,8 +114,8 @@ def known_labels(labels: Any, id2label: Mapping[int, str], name: str = "labels")
     unknown = [repr(label) for label, found in zip(labels, matches, strict=True) if not found]
     if unknown or not matches:
         raise ValueError(
-            f"Unknown labels in `{name}`: A label must be one of {list(id2label.values())[:20]} or an id below "
-            f"{len(id2label)}, got {', '.join(unknown) or 'none'}."
+            f"Unknown labels in `{name}`: A label must be one of {list(id2label.values())[:20]} or an id, an integer "
+            f"below {len(id2label)}, got {', '.join(unknown) or 'none'}."
         )
     for label, found in zip(labels, matches, strict=True):
         if len(found) > 1:

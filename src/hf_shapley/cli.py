@@ -9,10 +9,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
 from .files import whole_file
+from .terminal import say
 from .version import __version__
 
 
@@ -27,18 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
-        print(f"hf-shapley {options.command}: {error}", file=sys.stderr)
+        say(f"hf-shapley {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"hf-shapley {options.command}: interrupted", file=sys.stderr)
+        say(f"hf-shapley {options.command}: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose refusals, which quote the command line, are cleaned as all else that is printed."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        say(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-shapley", description="Image classifiers that explain themselves with Shapley values."
-    )
+    parser = _Parser(prog="hf-shapley", description="Image classifiers that explain themselves with Shapley values.")
     parser.add_argument("--version", action="version", version=f"hf-shapley {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_demo, _add_train, _add_explain, _add_evaluate, _add_push):
@@ -79,8 +88,8 @@ def _demo(options: argparse.Namespace) -> None:
     settings = DemoSettings(options.backbone, options.seeds, options.epochs, options.images, options.output)
     with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs; stdout is for the results alone.
         results = run_demo(settings)
-    print(json.dumps(results, indent=2))
-    print(f"Open {Path(options.output) / 'report.html'}", file=sys.stderr)
+    say(json.dumps(results, indent=2))
+    say(f"Open {Path(options.output) / 'report.html'}", file=sys.stderr)
 
 
 def _add_train(commands) -> None:
@@ -93,13 +102,13 @@ def _add_train(commands) -> None:
         "option of ShapleyTrainingArguments: --shapley_weight, --learning_rate, --num_train_epochs, --push_to_hub ...",
         "hf-shapley train --model google/vit-base-patch16-224-in21k --dataset ethz/food101 --output_dir food101",
     )
-    train.add_argument("--all-options", action="store_true", help="list every option and leave")
+    train.add_argument("--all-options", action="store_true", help="list every option, with its default, and leave")
 
 
 def _train(options: argparse.Namespace) -> None:
     from .training_job import main as train
 
-    train(["--help"] if options.all_options else options.rest)
+    train([*options.rest, "--help"] if options.all_options else options.rest)
 
 
 def _add_evaluate(commands) -> None:
@@ -127,7 +136,7 @@ def _add_explain(commands) -> None:
     explain.add_argument("--model", required=True, help="folder or Hub id of a Shapley image classifier")
     explain.add_argument("-o", "--output", required=True, help="picture to write (.png, .jpg, .svg or .pdf)")
     explain.add_argument("--top-k", type=int, default=2, help="how many of the likeliest labels to draw")
-    explain.add_argument("--label", action="append", help="label to draw instead (may be repeated)")
+    explain.add_argument("--label", action="append", help="name or id of a label to draw instead (may be repeated)")
     explain.add_argument("--json", action="store_true", help="print labels, logits and attributions as JSON")
 
 
@@ -135,41 +144,52 @@ def _explain(options: argparse.Namespace) -> None:
     import torch
 
     from .images import load_image
+    from .pipeline_shapley import label_scores, pixel_values_of, score_function
     from .visualization import attribution_figure, processor_geometry
 
     if Path(options.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         raise ValueError(f"`--output` must end in .png, .jpg, .svg or .pdf, got {options.output!r}.")
     image = load_image(options.image)
     model, processor = _load(options.model)
-    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    pixels = pixel_values_of(image, processor, model.config)
     num_labels = model.config.num_labels
     if not 1 <= options.top_k <= num_labels:
         raise ValueError(f"`--top-k` must lie in [1, {num_labels}], got {options.top_k}.")
+    chosen = [_label(label, model.config.id2label) for label in options.label or ()]
     with torch.no_grad():
-        outputs = model(pixels, attributed=options.label or options.top_k)
+        outputs = model(pixels, attributed=chosen or options.top_k)
     model._check_answers(outputs)
     logits, ids = outputs.logits[0], outputs.attributed_labels[0].tolist()
+    scores = label_scores(logits, model.config)
     labels = [model.config.id2label[index] for index in ids]
     maps = outputs.attributions[0].T.unflatten(1, model.grid_size(*pixels.shape[-2:]))  # (labels, h, w)
     answer = [
         {
             "label": label,
-            "score": logits.softmax(-1)[index].item(),
+            "score": scores[index].item(),
             "logit": logits[index].item(),
             "base_value": outputs.base_values[index].item(),
             "attributions": values.tolist(),
         }
         for label, index, values in zip(labels, ids, maps, strict=True)
     ]
-    titles = [f"{row['label']} ({row['score']:.1%})" for row in answer]
+    # What a regression gives is no probability.
+    form = ".3f" if score_function(model.config) == "none" else ".1%"
+    titles = [f"{row['label']} ({row['score']:{form}})" for row in answer]
     figure = attribution_figure(image, maps, titles, box=processor_geometry(processor, image.size))
     with whole_file(options.output) as draft:
         figure.savefig(draft)
     if options.json:
-        print(json.dumps(answer))
+        say(json.dumps(answer))
     else:
         for row in answer:
-            print(f"{row['label']}: score {row['score']:.4f}, logit {row['logit']:.3f}")
+            label = " ".join(str(row["label"]).split())  # a name of two lines could be taken for two labels
+            say(f"{label}: score {row['score']:.4f}, logit {row['logit']:.3f}")
+
+
+def _label(text: str, id2label):
+    """A label as the command line has it: its name, or the id of one whose name is another."""
+    return int(text) if text not in id2label.values() and text.isdecimal() else text
 
 
 def _add_push(commands) -> None:
@@ -177,19 +197,20 @@ def _add_push(commands) -> None:
         commands,
         "push",
         _push,
-        "Publish a model with its code, image processor and card on the Hub, in one commit.",
+        "Publish a model with its code, image processor and card on the Hub, in one commit. What the model's own card "
+        "says of its training and evaluation stays in it.",
         "hf-shapley push outputs/demo/model me/digits-vit --private",
     )
     push.add_argument("model", help="folder (or Hub id) of a Shapley image classifier")
     push.add_argument("repo_id", help="where to: user/name; created if it does not exist")
-    push.add_argument("--results", help="JSON file of results for the card (see hf_shapley.model_card)")
+    push.add_argument("--results", help="JSON file of results to add to the card, as `hf-shapley evaluate` writes it")
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--revision", help="branch; created if it does not exist")
     push.add_argument("--message", default="Upload model", help="title of the commit")
 
 
 def _push(options: argparse.Namespace) -> None:
-    from .hub import push_to_hub
+    from .hub import card_of, push_to_hub
 
     results = _read_results(options.results) if options.results else None
     model, processor = _load(options.model)
@@ -198,11 +219,12 @@ def _push(options: argparse.Namespace) -> None:
         processor,
         options.repo_id,
         results=results,
+        card=card_of(options.model),
         private=options.private or None,
         revision=options.revision,
         commit_message=options.message,
     )
-    print(commit.commit_url)
+    say(commit.commit_url)
 
 
 def _read_results(path: str):
@@ -218,8 +240,10 @@ def _load(name: str):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
-        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval()
-        processor = AutoImageProcessor.from_pretrained(name)
+        # Asked for nothing, transformers would offer, on the terminal, to run the repository's code.
+        options = {"trust_remote_code": False}
+        model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32, **options).eval()
+        processor = AutoImageProcessor.from_pretrained(name, **options)
     except Exception as error:  # transformers raises many types on damaged files
         raise OSError(f"Cannot load the model {name!r}: {error}") from error
     if not hasattr(model, "explain"):

@@ -1,13 +1,16 @@
 """Configurations of the Shapley classifiers: the stock ViT and ConvNeXt ones plus the attribution head's options."""
 
 import copy
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ConvNextConfig, PreTrainedConfig, ViTConfig
 from transformers.activations import ACT2FN
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from .checks import check_count, check_number, describe
 
@@ -26,6 +29,8 @@ SIZES = (
     "patch_size",
     "image_size",
 )
+MOST_UNNAMED_LABELS = 1_000_000
+"""Each would get a name of its own, in memory."""
 RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
 
 
@@ -77,6 +82,7 @@ class ShapleyConfigMixin:
         "coalition_votes",
         "coalition_gains",
         "coalition_attributions",
+        "readout_errors",
         "hidden_states",
         "attentions",
     ]
@@ -88,6 +94,13 @@ class ShapleyConfigMixin:
             kwargs.pop("custom_pipelines", None)
         self._check_backbone()
         self._check_maps()
+        if not self.id2label and kwargs.get("num_labels") is not None:
+            check_count(kwargs["num_labels"], "num_labels")
+            if kwargs["num_labels"] > MOST_UNNAMED_LABELS:
+                raise ValueError(
+                    f"`num_labels` must be at most {MOST_UNNAMED_LABELS} without names, got {kwargs['num_labels']}: "
+                    "give `id2label`."
+                )
         super().__post_init__(**kwargs)
         self._check_labels()
         self.check_head()
@@ -172,6 +185,57 @@ class ShapleyConfigMixin:
                 check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
 
     @classmethod
+    def check_stored_sizes(cls, name: str | os.PathLike, **options: Any) -> None:
+        """Refuse a checkpoint whose config.json calls for more weights than its files can hold.
+
+        To be asked before a model is built: a size takes a line of config.json, and what it calls for all of the
+        memory. A file of so many bytes holds at most 8 weights in each.
+
+        Args:
+            name: folder or Hub id.
+            **options: what `from_pretrained` was given besides.
+
+        Raises:
+            OSError: the checkpoint is not to be believed.
+        """
+        stored = _stored_config(name, options)
+        is_ours = stored.get("model_type") in (cls.model_type, cls.plain_model_type)  # others will be refused anyway
+        length = _stored_bytes(name, options) if is_ours else None
+        if length is None:
+            return
+        needed = cls._fewest_weights(stored)
+        if sum(needed.values()) > 8 * length:
+            option = max(needed, key=lambda option: needed[option])
+            raise OSError(
+                f"The weights of {str(name)!r} are damaged (its config.json calls for at least "
+                f"{sum(needed.values())}, most of them by `{option}` = {describe(stored.get(option))}, and the files "
+                f"of {length} bytes cannot hold so many): download or save them again."
+            )
+
+    @classmethod
+    def _fewest_weights(cls, stored: Mapping[str, Any]) -> dict[str, int]:
+        """How many weights the sizes in a config.json call for, at least, each under the option that says so."""
+
+        def sizes(option: str) -> list[int]:
+            """One size or several; what is none, and will be refused later, counts as 0."""
+            value = stored.get(option, getattr(cls, option, None))
+            values = value if isinstance(value, list | tuple) and value else [value]
+            return [size if isinstance(size, int) and size > 0 else 0 for size in values]
+
+        needed, widths, layer = cls._fewest_of_backbone(sizes)
+        hidden = widths[-1][1]
+        needed["num_labels"] = hidden * max(sizes("num_labels")[0], len(stored.get("id2label") or ()))
+        needed["vote_layers"] = sizes("vote_layers")[0] * 8 * hidden**2
+        needed["coalition_adapter_size"] = sizes("coalition_adapter_size")[0] * sum(
+            2 * n * width for n, width in widths
+        )
+        if stored.get("attribution_head") == "votes+influence":
+            block = {"mlp": 8 * hidden**2, "convolution": 49 * hidden, "backbone": layer}
+            needed["influence_layers"] = sizes("influence_layers")[0] * block.get(stored.get("influence_block"), 0)
+            needed["influence_own_layers"] = sizes("influence_own_layers")[0] * layer
+        return needed
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Read a config, taking plain checkpoints of the same backbone as our own and refusing other architectures."""
         try:
@@ -237,6 +301,19 @@ class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
     def _last_layers(self) -> int:
         return self.num_hidden_layers
 
+    @classmethod
+    def _fewest_of_backbone(cls, sizes):
+        """As `_fewest_weights`; numbers and widths of the layers, ending with the last; the weights of that one."""
+        layers, hidden = sizes("num_hidden_layers")[0], sizes("hidden_size")[0]
+        image, patch = sizes("image_size"), sizes("patch_size")
+        layer = 4 * hidden**2 + 2 * hidden * sizes("intermediate_size")[0]
+        needed = {
+            "num_hidden_layers": layers * layer,
+            "image_size": (image[0] // max(1, patch[0])) * (image[-1] // max(1, patch[-1])) * hidden,
+            "patch_size": sizes("num_channels")[0] * patch[0] * patch[-1] * hidden,
+        }
+        return needed, [(layers, hidden)], layer
+
 
 class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
     """Configuration of `ShapleyConvNextForImageClassification`: `ConvNextConfig` plus `ShapleyConfigMixin`."""
@@ -246,6 +323,51 @@ class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
 
     def _last_layers(self) -> int:
         return self.depths[-1]
+
+    @classmethod
+    def _fewest_of_backbone(cls, sizes):
+        """As `_fewest_weights`; numbers and widths of the layers, ending with the last; the weights of that one."""
+        hidden, patch = sizes("hidden_sizes"), sizes("patch_size")
+        widths = list(zip(sizes("depths"), hidden, strict=False))
+        needed = {
+            "depths": sum(depth * 8 * width**2 for depth, width in widths),
+            "patch_size": sizes("num_channels")[0] * patch[0] * patch[-1] * hidden[0],
+        }
+        return needed, widths, 8 * widths[-1][1] ** 2
+
+
+def _stored_config(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's own config.json says, whatever the caller puts in its place; empty if there is none."""
+    try:
+        stored = PreTrainedConfig.get_config_dict(name, **_place(options))[0]
+    except (OSError, ValueError, TypeError, AttributeError):  # what is wrong with it, loading itself will say
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _stored_bytes(name: str | os.PathLike, options: Mapping[str, Any]) -> int | None:
+    """Length of a checkpoint's weight files, which are downloaded if need be; None if there are none."""
+    if options.get("state_dict") is not None or options.get("gguf_file") is not None:
+        return None
+    variant = f".{options['variant']}" if options.get("variant") else ""
+    whole, index = f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"
+    if options.get("use_safetensors") is False:
+        whole, index = f"pytorch_model{variant}.bin", f"pytorch_model.bin.index{variant}.json"
+    place = _place(options)
+    silent = {
+        f"_raise_exceptions_for_{error}": False for error in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    if path := cached_file(name, whole, **place, **silent):
+        return os.path.getsize(path)
+    if path := cached_file(name, index, **place, **silent):
+        return sum(os.path.getsize(shard) for shard in get_checkpoint_shard_files(name, path, **place)[0])
+    return None
+
+
+def _place(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `from_pretrained` was given, that which says where the files are."""
+    names = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
+    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 ShapleyViTConfig.register_for_auto_class()

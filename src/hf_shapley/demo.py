@@ -36,6 +36,7 @@ from .metrics import attribution_correlation, error_ratio
 from .model_card import render_model_card, write_model_card
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
+from .terminal import say
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 from .visualization import _matplotlib, attribution_grid
 
@@ -302,4 +303,4 @@ def _progress(items: Tensor, title: str):
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, file=sys.stderr)

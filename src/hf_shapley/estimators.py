@@ -37,7 +37,7 @@ class ShapleyEstimate:
     evaluations: int
 
 
-class _CheckedGame:
+class CheckedGame:
     """Call a game in batches of whole pairs, check every answer, count the evaluations."""
 
     def __init__(self, game: Game, batch_size: int, total: int, progress: bool):
@@ -48,7 +48,7 @@ class _CheckedGame:
         self.evaluations = 0
         self.bar = tqdm(total=total, unit="coalition", disable=not progress)
 
-    def __enter__(self) -> "_CheckedGame":
+    def __enter__(self) -> "CheckedGame":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -83,13 +83,13 @@ def _check_num_players(num_players: int) -> None:
     check_count(num_players, "num_players", 2, "cut the image finer")
 
 
-def _check_request(num_players: int, budget: int, generator: torch.Generator | None) -> None:
+def check_request(num_players: int, budget: int, generator: torch.Generator | None) -> None:
     _check_num_players(num_players)
     check_count(budget, "budget")
     check_generator(generator)
 
 
-def _check_budget(budget: int, needed: int, num_players: int) -> None:
+def check_budget(budget: int, needed: int, num_players: int) -> None:
     if budget < needed:
         raise ValueError(
             f"`budget` must be at least {needed} evaluations for {num_players} players with these options, "
@@ -103,16 +103,16 @@ def _device(device: torch.device | str | None, generator: torch.Generator | None
     return torch.device(device)
 
 
-def _covers_every_coalition(budget: int, num_players: int) -> bool:
+def covers_every_coalition(budget: int, num_players: int) -> bool:
     return num_players <= MAX_ENUMERATED_PLAYERS and budget >= 2**num_players
 
 
-def _exact_estimate(game: Game, *, num_players: int, **options: Any) -> ShapleyEstimate:
+def exact_estimate(game: Game, *, num_players: int, **options: Any) -> ShapleyEstimate:
     values = exact_shapley(game, num_players=num_players, **options)
     return ShapleyEstimate(values, torch.zeros_like(values), 2**num_players)
 
 
-def _with_complements(coalitions: Tensor) -> Tensor:
+def with_complements(coalitions: Tensor) -> Tensor:
     """(M, N) -> (2 M, N): rows 2 j and 2 j + 1 are coalition j and its complement."""
     return torch.stack([coalitions, ~coalitions], dim=1).flatten(0, 1)
 
@@ -153,11 +153,11 @@ def exact_shapley(
         )
     bits = torch.arange(num_players, device=device)
     codes = torch.arange(2 ** (num_players - 1), device=device)  # the last player is absent, present in the complement
-    with _CheckedGame(game, batch_size, 2**num_players, progress) as checked:
+    with CheckedGame(game, batch_size, 2**num_players, progress) as checked:
         attributions = torch.zeros((), dtype=torch.float64)
         for chunk in codes.split(checked.batch_size // 2):
             coalitions = (chunk.unsqueeze(-1) >> bits) & 1 == 1  # (pairs, players)
-            values = checked(_with_complements(coalitions))
+            values = checked(with_complements(coalitions))
             odd = values[0::2].double() - values[1::2].double()  # (pairs, labels)
             weights = _exact_weights(coalitions.to(values.device))
             attributions = attributions + weights.T @ odd  # (players, labels)
@@ -200,10 +200,10 @@ class _RunningMean:
         return (self.squares / ((self.count - 1) * self.count)).sqrt()
 
 
-def _endpoints(checked: _CheckedGame, num_players: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _endpoints(checked: CheckedGame, num_players: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """v(empty) and v(full), each (1, K) in the dtype of the game."""
     empty = torch.zeros(1, num_players, dtype=torch.bool, device=device)
-    return checked(_with_complements(empty)).split(1)
+    return checked(with_complements(empty)).split(1)
 
 
 @torch.no_grad()
@@ -243,15 +243,15 @@ def permutation_shapley(
     Raises:
         ValueError: too small a budget, or values that are not finite floats of shape (M, K).
     """
-    _check_request(num_players, budget, generator)
+    check_request(num_players, budget, generator)
     device = _device(device, generator)
-    if _covers_every_coalition(budget, num_players):
-        return _exact_estimate(game, num_players=num_players, batch_size=batch_size, device=device, progress=progress)
+    if covers_every_coalition(budget, num_players):
+        return exact_estimate(game, num_players=num_players, batch_size=batch_size, device=device, progress=progress)
     cost = (num_players - 1) * (2 if antithetic else 1)
-    _check_budget(budget, 2 + 2 * cost, num_players)
+    check_budget(budget, 2 + 2 * cost, num_players)
     draws = (budget - 2) // cost
     running = _RunningMean()
-    with _CheckedGame(game, batch_size, 2 + draws * cost, progress) as checked:
+    with CheckedGame(game, batch_size, 2 + draws * cost, progress) as checked:
         empty, full = _endpoints(checked, num_players, device)
         for count in _chunks(draws, max(1, batch_size // cost)):
             keys = torch.rand(count, num_players, dtype=torch.float64, generator=generator, device=device)
@@ -268,14 +268,14 @@ def _chunks(total: int, size: int) -> Iterator[int]:
 
 
 def _marginal_contributions(
-    checked: _CheckedGame, prefixes: Tensor, empty: Tensor, full: Tensor, antithetic: bool
+    checked: CheckedGame, prefixes: Tensor, empty: Tensor, full: Tensor, antithetic: bool
 ) -> Tensor:
     """What each player adds to the players before it: prefixes (D, N + 1, N) -> float64 (D, N, K)."""
     draws, _, num_players = prefixes.shape
     inner = prefixes[:, 1:-1].flatten(0, 1)  # (D (N - 1), N)
     if antithetic:
         # With a permutation and its reverse averaged, only the odd part (v(S) - v(~S)) / 2 is left.
-        values = checked(_with_complements(inner)).double()
+        values = checked(with_complements(inner)).double()
         inner_values = (values[0::2] - values[1::2]) / 2
         first, last = (empty - full).double() / 2, (full - empty).double() / 2
     else:
@@ -348,20 +348,20 @@ def kernel_shapley(
         ValueError: too small a budget, a control variate of the wrong shape or without `unbiased=True`, draws that do
             not determine the regression, or values that are not finite floats of shape (M, K).
     """
-    _check_request(num_players, budget, generator)
+    check_request(num_players, budget, generator)
     if control_variate is not None and not unbiased:
         raise ValueError("`control_variate` changes nothing in a regression: give `unbiased=True`, or leave it out.")
     device = _device(device, generator)
-    if _covers_every_coalition(budget, num_players):
-        return _exact_estimate(game, num_players=num_players, batch_size=batch_size, device=device, progress=progress)
+    if covers_every_coalition(budget, num_players):
+        return exact_estimate(game, num_players=num_players, batch_size=batch_size, device=device, progress=progress)
     cost = 2 if paired else 1
-    _check_budget(budget, 2 + cost * num_players * (1 if unbiased else 3), num_players)
+    check_budget(budget, 2 + cost * num_players * (1 if unbiased else 3), num_players)
     draws = (budget - 2) // cost
     coalitions = sample_coalitions(draws, num_players=num_players, sizes=sizes, generator=generator, device=device)
-    with _CheckedGame(game, batch_size, 2 + cost * draws, progress) as checked:
+    with CheckedGame(game, batch_size, 2 + cost * draws, progress) as checked:
         empty, full = _endpoints(checked, num_players, device)
         control = _control(control_variate, empty, num_players)
-        values = checked(_with_complements(coalitions) if paired else coalitions)
+        values = checked(with_complements(coalitions) if paired else coalitions)
     features = _centred_memberships(coalitions.to(values.device))  # (draws, players)
     targets = _kernel_targets(values.double(), coalitions, empty.double(), full.double(), paired)
     # Of each draw x and t appear as products only: both take the root of its weight.

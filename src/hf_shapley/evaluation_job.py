@@ -16,18 +16,22 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from .certificate import attribution_error_certificate
+from .dataset_images import undecoded
 from .digits import digits_dataset, train_digits_model
+from .evaluation_card import evaluation_entries
 from .files import whole_file
 from .images import load_image
 from .metrics import (
     BatchedGame,
+    Link,
     comprehensiveness_sufficiency,
     efficiency_gap,
     faithfulness_correlation,
     insertion_deletion,
     interaction_share,
 )
-from .training_job import undecoded
+from .pipeline_shapley import pixel_values_of, score_function
+from .terminal import say
 
 MEANINGS = {
     "insertion_auc": "probability as the best patches come, higher is better",
@@ -39,16 +43,20 @@ MEANINGS = {
 }
 
 
+# What the curves follow, by how the model's logits become scores.
+LINKS: dict[str, Link] = {"softmax": "probability", "sigmoid": "sigmoid", "none": "logit"}
+
+
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcessor, Dataset]:
     """Model, image processor and the rows to measure on."""
     if options.model is None:
-        print("No --model: training a small one on digits.", file=sys.stderr)
+        say("No --model: training a small one on digits.", file=sys.stderr)
         model, processor = train_digits_model(epochs=options.epochs)
     else:
-        model = AutoModelForImageClassification.from_pretrained(options.model).eval()
+        model = AutoModelForImageClassification.from_pretrained(options.model, trust_remote_code=False).eval()
         if not hasattr(model, "coalition_values"):
             raise ValueError(f"{options.model!r} does not explain itself: train it with ShapleyTrainer first.")
-        processor = AutoImageProcessor.from_pretrained(options.model)
+        processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
     if options.dataset is None:
         rows = digits_dataset()[options.split]
     else:
@@ -68,10 +76,12 @@ def rivals(game: BatchedGame, own: Tensor, generator: torch.Generator) -> dict[s
     }
 
 
-def measure(game: BatchedGame, attributions: Tensor, generator: torch.Generator) -> dict[str, float]:
-    """Mean over the images of each number in `MEANINGS`."""
-    curves = insertion_deletion(game, attributions)
-    erasure = comprehensiveness_sufficiency(game, attributions)
+def measure(
+    game: BatchedGame, attributions: Tensor, generator: torch.Generator, link: Link = "probability"
+) -> dict[str, float]:
+    """Mean over the images of each number in `MEANINGS`; `link` says what curves and erasure follow."""
+    curves = insertion_deletion(game, attributions, link=link)
+    erasure = comprehensiveness_sufficiency(game, attributions, link=link)
     numbers = {
         "insertion_auc": curves.insertion_auc,
         "deletion_auc": curves.deletion_auc,
@@ -83,11 +93,13 @@ def measure(game: BatchedGame, attributions: Tensor, generator: torch.Generator)
     return {name: numbers[name].mean().item() for name in MEANINGS}
 
 
-def print_table(table: dict[str, dict[str, float]]) -> None:
+def print_table(table: dict[str, dict[str, float]], link: Link = "probability") -> None:
     """One row per measure, one column per method."""
-    print(f"{'':<26}" + "".join(f"{method:>15}" for method in table))
+    followed = "logit" if link == "logit" else "probability"
+    say(f"{'':<26}" + "".join(f"{method:>15}" for method in table))
     for name, meaning in MEANINGS.items():
-        print(f"{name:<26}" + "".join(f"{numbers[name]:>15.4g}" for numbers in table.values()) + f"   {meaning}")
+        cells = "".join(f"{numbers[name]:>15.4g}" for numbers in table.values())
+        say(f"{name:<26}{cells}   {meaning.replace('probability', followed)}")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -119,7 +131,8 @@ def run(options: argparse.Namespace) -> None:
     if options.image_column not in rows.column_names:
         raise ValueError(f"`--image_column` must be one of {rows.column_names}, got {options.image_column!r}.")
     pictures = [load_image(picture) for picture in undecoded(rows, options.image_column)[options.image_column][:]]
-    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    pixels = pixel_values_of(pictures, processor, model.config)
+    link = LINKS[score_function(model.config)]
     own = model.explain(pixels).flatten(2).transpose(1, 2)  # (images, players, labels)
 
     def game(coalitions: Tensor) -> Tensor:
@@ -128,25 +141,27 @@ def run(options: argparse.Namespace) -> None:
     games = (lambda s, x=x: model.coalition_values(x[None], s[None])[0] for x in pixels)
     certificate = attribution_error_certificate(games, own, budget=options.budget, generator=generator)
     results = {
-        "methods": {name: measure(game, phi, generator) for name, phi in rivals(game, own, generator).items()},
+        "methods": {name: measure(game, phi, generator, link) for name, phi in rivals(game, own, generator).items()},
         "interaction_share": interaction_share(game, own, num_samples=200, generator=generator).mean().item(),
         "certificate": {name: x for name, x in asdict(certificate).items() if not isinstance(x, Tensor)},
+        "link": link,
         "settings": {name: str(x) for name, x in vars(options).items() if name not in ("run", "command")},
     }
+    results |= evaluation_entries(results, MEANINGS, vars(options), images=len(rows))
     write_json(options.output, results)
     if options.json:
-        print(json.dumps(results))
+        say(json.dumps(results))
     else:
         print_results(results, len(rows))
-        print(f"Wrote {options.output}.")
+        say(f"Wrote {options.output}.")
 
 
 def print_results(results: dict, images: int) -> None:
     """The table and the certificate, for people."""
-    print_table(results["methods"])
+    print_table(results["methods"], results["link"])
     certificate = results["certificate"]
     low, high = certificate["error_ratio_interval"]
-    print(
+    say(
         f"\nSquared distance of the model's attributions to the exact Shapley values of {images} pictures,\n"
         f"over the variance of those: {certificate['error_ratio']:.4f}, 0 is exact; "
         f"{certificate['confidence']:.0%} confidence interval {low:.4f} to {high:.4f}.\n"

@@ -1,9 +1,8 @@
 """Models as graphs that run without Python code: `torch.export` programs and ONNX files."""
 
+import copy
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from .attribution_head import _evaluating
 from .checks import check_pair
+from .files import whole_file
 
 OUTPUTS = ("logits", "attributions")
 
@@ -56,8 +56,9 @@ def export_onnx(model: Any, path: str | os.PathLike, *, image_size: int | Sequen
     """Write the model as an ONNX file: input `pixel_values`, outputs `logits` and `attributions`, any batch size.
 
     Shapes as in `export_program`. The file's metadata hold, as JSON, `labels` (names in order), `base_values` (one
-    per label), `grid` ([h, w]) and `image_size` ([height, width]). The file appears under its name when it is whole;
-    weights beyond 2 GB lie in `<path>.data`.
+    per label), `grid` ([h, w]) and `image_size` ([height, width]). The graph computes in float32, whatever the model
+    does: runtimes lack operations in half precision. The file appears under its name when it is whole; weights beyond
+    2 GB lie in `<path>.data`.
 
     Args:
         model: a Shapley image classifier.
@@ -78,7 +79,8 @@ def export_onnx(model: Any, path: str | os.PathLike, *, image_size: int | Sequen
     path = Path(path)
     if path.suffix != ".onnx":
         raise ValueError(f'`path` must end in ".onnx", got {str(path)!r}.')
-    with torch.no_grad(), _evaluating(_checked(model)):
+    model = _in_float32(_checked(model))
+    with torch.no_grad(), _evaluating(model):
         example, dynamic_shapes = _example(model, image_size)
         program: Any = torch.onnx.export(
             _Explainer(model).eval(),
@@ -97,26 +99,21 @@ def export_onnx(model: Any, path: str | os.PathLike, *, image_size: int | Sequen
         "image_size": size,
     }
     program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
-    _save(program, path)
+    with whole_file(path) as draft:
+        program.save(draft)  # weights beyond 2 GB beside it
     return path
-
-
-def _save(program: Any, path: Path) -> None:
-    """Write into a folder beside, then move: the weights' file, if there is one, before the graph that names it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        program.save(folder / path.name)
-        for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-            os.replace(written, path.parent / written.name)
-    finally:
-        shutil.rmtree(folder)
 
 
 def _checked(model: Any) -> Any:
     if not hasattr(model, "coalition_values"):
         raise TypeError(f"`model` must be a Shapley image classifier, got {type(model).__name__}.")
     return model
+
+
+def _in_float32(model: Any) -> Any:
+    """The model, or a copy of it where it has floating-point weights of another dtype."""
+    is_other = (weight.is_floating_point() and weight.dtype != torch.float32 for weight in model.parameters())
+    return copy.deepcopy(model).float() if any(is_other) else model
 
 
 def _example(model: Any, image_size: int | Sequence[int] | None) -> tuple[Tensor, tuple[dict[int, Any]]]:

@@ -1,5 +1,6 @@
 """Sharing a model: weights, code, pipeline, image processor and card in one commit."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,17 @@ from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
 from .attribution_head import UNTRAINED
 from .files import whole_file
-from .model_card import MARKER, render_model_card, write_model_card
+from .model_card import (
+    ShapleyModelCard,
+    ShapleyModelCardData,
+    is_generated,
+    merge_results,
+    reading_metadata,
+    render_model_card,
+    results_of_card,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def push_to_hub(
@@ -26,6 +37,7 @@ def push_to_hub(
     repo_id: str,
     *,
     results: Mapping[str, Any] | None = None,
+    card: str | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
@@ -39,7 +51,9 @@ def push_to_hub(
         model: a Shapley image classifier.
         image_processor: its image processor.
         repo_id: "user/name"; created if it does not exist.
-        results: what the card shows, see `hf_shapley.model_card`; None = a card without results.
+        results: what the card shows, see `hf_shapley.model_card`; None = no results but those of `card`.
+        card: text of the model's README.md, as a trainer or the demo wrote it: what it shows is shown too, and where
+            somebody wrote it, it is published as it is. None = there is none.
         private: whether a new repository is private; None = the account's default.
         token: with write permission; None = the one of `hf auth login`.
         revision: branch, created if it does not exist; None = the main one.
@@ -62,7 +76,7 @@ def push_to_hub(
         image_processor.save_pretrained(folder)
 
     commit = {"commit_message": commit_message, "revision": revision}
-    return _publish(model, save, repo_id, results=results, private=private, token=token, commit=commit)
+    return _publish(model, save, repo_id, results=results, card=card, private=private, token=token, commit=commit)
 
 
 def push_with_card(
@@ -134,12 +148,21 @@ def keep_card_of_hub(
         ConnectionError: the Hub does not say whether there is a card.
     """
     local = Path(folder) / "README.md"
-    if local.exists() and MARKER not in local.read_text(encoding="utf-8", errors="replace"):
+    if local.is_file() and not is_generated(local.read_text(encoding="utf-8", errors="replace")):
         return
     card = _written_card(repo_id, token, revision)
     if card is not None:
         with whole_file(local) as draft:
             draft.write_bytes(card)
+
+
+def card_of(model: str) -> str | None:
+    """Text of the card in a model's folder, or else in its repository on the Hub; None if there is none."""
+    path = Path(model) / "README.md"
+    if Path(model).is_dir():
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    card = _downloaded_card(model, token=None, revision=None)
+    return None if card is None else card.decode(errors="replace")
 
 
 def label_names(model: PreTrainedModel) -> list[str]:
@@ -149,11 +172,11 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [] if names == [f"LABEL_{label}" for label in range(config.num_labels)] else names
 
 
-def with_limits(results: Mapping[str, Any], model: PreTrainedModel) -> Mapping[str, Any]:
+def with_limits(results: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Results for a card that says so if the model's attributions have not been trained."""
     if getattr(model, "attributions_trained", True):  # an older model's code, from a repository, lacks it
         return results
-    return {**results, "limits": [*results.get("limits", []), UNTRAINED]}
+    return {**results, "limits": list(dict.fromkeys([*results.get("limits", []), UNTRAINED]))}
 
 
 def _publish(
@@ -163,33 +186,53 @@ def _publish(
     *,
     commit: dict[str, Any],
     results: Mapping[str, Any] | None = None,
+    card: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     tags: Sequence[str] = (),
 ) -> CommitInfo:
     """One commit of what `save` writes into a folder, and of a card."""
     api, revision = HfApi(token=token), commit["revision"]
-    results = {"model_name": repo_id.split("/")[-1], "labels": label_names(model)} if results is None else results
-    results = with_limits(results, model)
     with tempfile.TemporaryDirectory() as folder:
         # First what may fail here, so that no empty repository is left.
         save(folder)
-        render_model_card(results, model_id=repo_id)
+        _card_to_publish(model, repo_id, results, card)
         with _reaching(api):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-        card = _written_card(repo_id, token, revision)
         readme = Path(folder) / "README.md"
-        if card is None:
-            write_model_card(readme, render_model_card(results, model_id=repo_id))
-        else:
-            readme.write_bytes(card)
+        readme.write_bytes(
+            _written_card(repo_id, token, revision) or _card_to_publish(model, repo_id, results, card).encode()
+        )
+        if results is not None and not is_generated(readme.read_text(encoding="utf-8", errors="replace")):
+            logger.warning(
+                "The card of %s was written by somebody and stays so: it does not show the results.", repo_id
+            )
         _add_tags(readme, [*(model.model_tags or ()), *tags])
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         with _reaching(api):
             return api.create_commit(repo_id, additions, **commit)
+
+
+def _card_to_publish(model: PreTrainedModel, repo_id: str, results: Mapping[str, Any] | None, card: str | None) -> str:
+    """The model's own card if somebody wrote it, else one with its results and the given ones."""
+    if card is not None and not is_generated(card):
+        return card
+    name = repo_id.split("/")[-1]
+    if results is not None:
+        render_model_card(results, model_id=repo_id)  # which refuses what is malformed, whatever the card adds
+    shown = {"labels": label_names(model), **merge_results(results_of_card(card or ""), results or {})}
+    shown = with_limits({"model_name": name, **shown}, model)
+    data = ShapleyModelCardData.from_results(shown)
+    if card is not None:
+        for entry, value in vars(ShapleyModelCard(card).data).items():
+            if entry == "tags":
+                value = list(dict.fromkeys([*(value or []), *(data.tags or [])]))
+            if entry == "tags" or getattr(data, entry, None) is None:
+                setattr(data, entry, value)
+    return render_model_card(shown, model_id=repo_id, data=data)
 
 
 @contextmanager
@@ -205,23 +248,29 @@ def _reaching(api: HfApi) -> Iterator[None]:
 
 def _written_card(repo_id: str, token: bool | str | None, revision: str | None) -> bytes | None:
     """The card that somebody wrote on the Hub; None if there is none, or a generated one."""
+    card = _downloaded_card(repo_id, token, revision)
+    return None if card is None or is_generated(card.decode(errors="replace")) else card
+
+
+def _downloaded_card(repo_id: str, token: bool | str | None, revision: str | None) -> bytes | None:
+    """The card on the Hub, whoever wrote it; None if there is none."""
     try:
         # A fresh copy in a folder of its own: the cache may hold an older one.
         with tempfile.TemporaryDirectory() as download:
             path = hf_hub_download(repo_id, "README.md", revision=revision, token=token, local_dir=download)
-            card = Path(path).read_bytes()
+            return Path(path).read_bytes()
     except LocalEntryNotFoundError as error:  # no answer, which does not say that there is no card
         raise ConnectionError(f"The Hub does not say whether {repo_id} has a card: {error}. Try again.") from error
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
-    return card if card.strip() and MARKER.encode() not in card else None
 
 
 def _add_tags(readme: Path, tags: Sequence[str]) -> None:
     """Put tags that a card lacks into its metadata."""
     if not tags:
         return
-    card = ModelCard.load(readme)
+    with reading_metadata():
+        card = ModelCard.load(readme)
     missing = [tag for tag in dict.fromkeys(tags) if tag not in (card.data.tags or [])]
     if missing:
         card.data.tags = [*(card.data.tags or []), *missing]

@@ -12,7 +12,9 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attribution_head import _evaluating
 from .checks import check_finite, check_floats, known_labels
-from .images import load_image
+from .dataset_images import read_pictures, undecoded
+from .labels import given_names, ids_by_name
+from .pipeline_shapley import pixel_values_of
 
 if TYPE_CHECKING:
     from shap import Explanation
@@ -168,6 +170,7 @@ def add_attributions(
     image_column: str = "image",
     label_column: str | None = None,
     batch_size: int = 8,
+    skip_unreadable: bool = False,
 ) -> Dataset | IterableDataset:
     """Explain every image of a data set and keep the result beside it.
 
@@ -176,8 +179,11 @@ def add_attributions(
         model: a Shapley image classifier.
         processor: its image processor.
         image_column: column of images, or of anything that `load_image` reads.
-        label_column: column of the labels (ids or names) to explain; None = the predicted label.
+        label_column: column of the labels (ids or names) to explain; None = the predicted label. Classes of a
+            `ClassLabel` are the model's labels of the same names, whatever their ids.
         batch_size: images in one forward.
+        skip_unreadable: leave out rows whose image cannot be read, each with a warning in the log; False stops at the
+            first.
 
     Returns:
         The data set with four more columns: `attributions` (h rows of w float32, in logits), `attributions_label`
@@ -185,7 +191,7 @@ def add_attributions(
 
     Raises:
         TypeError: not one split of a data set.
-        ValueError: a column is missing, or is there already.
+        ValueError: a column is missing, or is there already; a label is none of the model's; an image cannot be read.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
@@ -206,19 +212,34 @@ def add_attributions(
             f"Columns {missing or taken} are {'missing' if missing else 'there already'}: got {list(features)}."
         )
 
-    def explain(batch: dict[str, list]) -> dict[str, list]:
-        images = [load_image(image) for image in batch[image_column]]
-        label_ids = None if label_column is None else torch.tensor([_label_id(model, x) for x in batch[label_column]])
-        return dict(zip(added, _explain(model, processor, images, label_ids), strict=True))
+    ids = _ids_of_classes(model, None if label_column is None else features[label_column])
+    mode = getattr(features[image_column], "mode", None)
+    # A data set in memory decodes what it stores; a stream gives what the function below gives.
+    hands_out_pictures = isinstance(dataset, IterableDataset) and getattr(features[image_column], "decode", False)
 
-    return dataset.map(explain, batched=True, batch_size=batch_size, features=Features({**features, **added}))
+    def explain(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        positions, images = read_pictures(
+            batch[image_column], rows, processor, mode=mode, skip_unreadable=skip_unreadable
+        )
+        kept = {name: [values[position] for position in positions] for name, values in batch.items()}
+        if hands_out_pictures:
+            kept[image_column] = [features[image_column].decode_example(image) for image in kept[image_column]]
+        label_ids = None
+        if label_column is not None:
+            label_ids = torch.tensor([_label_id(model, ids.get(x, x)) for x in kept[label_column]])
+        columns = _explain(model, processor, images, label_ids) if images else [[]] * len(added)
+        return {**kept, **dict(zip(added, columns, strict=True))}
+
+    return undecoded(dataset, image_column).map(
+        explain, with_indices=True, batched=True, batch_size=batch_size, features=Features({**features, **added})
+    )
 
 
 def _explain(
     model: PreTrainedModel, processor: BaseImageProcessor, images: list, label_ids: Tensor | None
 ) -> list[list]:
     """Maps (B, h, w), label ids, base values and logits (B) of one label per image, as lists."""
-    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    pixel_values = pixel_values_of(images, processor, model.config).to(model.device, model.dtype)
     with torch.no_grad(), _evaluating(model):
         outputs = model(pixel_values, attributed=1 if label_ids is None else label_ids.unsqueeze(1))
     model._check_answers(outputs)
@@ -226,6 +247,14 @@ def _explain(
     chosen = outputs.attributed_labels  # (B, 1)
     columns = maps, chosen[:, 0], outputs.base_values[chosen[:, 0]], outputs.logits.gather(1, chosen)[:, 0]
     return [column.tolist() for column in columns]
+
+
+def _ids_of_classes(model: PreTrainedModel, feature: Any) -> dict[int, int]:
+    """The model's id of each of a data set's classes, by name; empty where one of them has no names."""
+    names = given_names(model.config.id2label)
+    if not names or not isinstance(feature, ClassLabel):
+        return {}
+    return dict(enumerate(ids_by_name(feature.names, names)))
 
 
 def _label_id(model: PreTrainedModel, label: int | str) -> int:

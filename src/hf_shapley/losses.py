@@ -139,7 +139,7 @@ def coalition_label_loss(
 
     Args:
         values: v(S), (B, ..., K), in logits.
-        labels: (B) long, or (B, K) float with `multi_label`.
+        labels: (B) long; (B, K) float with `multi_label`, or as probabilities of exclusive labels.
         multi_label: independent labels (sigmoid) instead of exclusive ones (softmax).
         weights: of each coalition, as in `coalition_loss`.
 
@@ -150,11 +150,16 @@ def coalition_label_loss(
     check_device(labels, "labels", values.device)
     flat = values.flatten(1, -2)  # (B, coalitions, K)
     weights = None if weights is None else weights.flatten(1)
-    if multi_label:
+    are_probabilities = isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2
+    if multi_label or are_probabilities:
         labels = labels.to(flat.dtype) if isinstance(labels, Tensor) else labels
         check_floats(labels, "labels", (len(values), values.shape[-1]))
         targets = labels.unsqueeze(1).expand_as(flat)
-        return _weighted(F.binary_cross_entropy_with_logits(flat, targets, reduction="none").mean(-1), weights).mean()
+        if multi_label:
+            losses = F.binary_cross_entropy_with_logits(flat, targets, reduction="none").mean(-1)
+        else:
+            losses = -(targets * flat.log_softmax(-1)).sum(-1)
+        return _weighted(losses, weights).mean()
     # Elsewhere than on the CPU the check would make the host wait in every training step.
     if not isinstance(labels, Tensor) or labels.device.type == "cpu":
         labels = check_label_ids(labels, "labels", len(flat), flat.shape[-1], may_be_unknown=True)

@@ -32,7 +32,7 @@ from .checks import (
 from .coalitions import check_coalitions, enumerate_coalitions, ranked_coalitions, sample_coalitions
 
 BatchedGame = Callable[[Tensor], Tensor]
-Link = Literal["probability", "logit"]
+Link = Literal["probability", "sigmoid", "logit"]
 
 
 def _check_finite(tensor: Tensor, name: str, dims: Sequence[str]) -> None:
@@ -93,11 +93,15 @@ def _check_batched_values(values: Tensor, coalitions: Tensor) -> None:
 
 def _apply_link(values: Tensor, link: Link) -> Tensor:
     """Values of the game -> probabilities or the values themselves, same shape (..., K)."""
-    _check_choice(link, "link", ("probability", "logit"))
+    _check_choice(link, "link", ("probability", "sigmoid", "logit"))
     if link == "logit":
         return values
+    if link == "sigmoid":
+        return values.sigmoid()
     if values.shape[-1] < 2:
-        raise ValueError("A probability needs at least 2 labels, got 1: give `link='logit'`.")
+        raise ValueError(
+            "A probability by softmax needs at least 2 labels, got 1: give `link='sigmoid'` or `link='logit'`."
+        )
     return values.softmax(-1)
 
 
@@ -205,7 +209,8 @@ def insertion_deletion(
         game: bool (B, M, N) -> float (B, M, K), logits.
         attributions: (B, N, K), or (B, N) for one label per image.
         labels: long (B,), the label to follow; default the most likely one of the full image.
-        link: "probability" follows softmax(v)[label], "logit" follows v[label].
+        link: "probability" follows softmax(v)[label], "sigmoid" follows sigmoid(v[label]), the probability of labels
+            that may hold together or of a single one, "logit" follows v[label].
         batch_size: coalitions per call of the game, all images together.
         progress: show a progress bar.
 
@@ -272,7 +277,7 @@ def comprehensiveness_sufficiency(
         attributions: (B, N, K), or (B, N) for one label per image.
         shares: shares of the players, each in (0, 1].
         labels: long (B,); default the most likely label of the full image.
-        link: "probability" or "logit".
+        link: "probability", "sigmoid" or "logit".
         batch_size: coalitions per call of the game, all images together.
         progress: show a progress bar.
 
@@ -320,7 +325,7 @@ def aopc_bounds(
         num_players: N; at most 16 without a beam.
         beam_size: None for the exact bounds (2^N evaluations per image); else the number of coalitions kept at each
             size, for beam_size N (N + 1) evaluations per image at most.
-        link: "probability" or "logit".
+        link: "probability", "sigmoid" or "logit".
         batch_size: coalitions per call of the game, all images together.
         progress: show a progress bar.
 
@@ -543,7 +548,7 @@ def faithfulness_correlation(
         num_samples: M, coalitions per image, even: drawn in complementary pairs.
         method: "pearson", or "spearman" (ties averaged).
         labels: long (B,); default the most likely label of the full image.
-        link: "probability" or "logit".
+        link: "probability", "sigmoid" or "logit".
         generator: source of randomness; None uses torch's global one.
         batch_size: coalitions per call of the game, all images together.
         progress: show a progress bar.
@@ -585,7 +590,7 @@ def sensitivity_n(
         sizes: the numbers n of players to remove, each from 1 to N - 1.
         num_samples: sets per image and size, at least 2.
         labels: long (B,); default the most likely label of the full image.
-        link: "probability" or "logit".
+        link: "probability", "sigmoid" or "logit".
         generator: source of randomness; None uses torch's global one.
         batch_size: coalitions per call of the game, all images together.
         progress: show a progress bar.
@@ -637,7 +642,7 @@ def infidelity(
         num_samples: M, coalitions per image, even: complementary pairs, sizes uniform on 0 ... N.
         normalize: scale the attributions by the best factor E[I phi drop] / E[(I phi)^2] first, as captum does.
         labels: long (B,); default the most likely label of the full image.
-        link: "probability" or "logit".
+        link: "probability", "sigmoid" or "logit".
         generator: source of randomness; None uses torch's global one.
         batch_size: coalitions per call of the game, all images together.
         progress: show a progress bar.

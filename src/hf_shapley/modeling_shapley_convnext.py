@@ -11,19 +11,18 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextModel, ConvNextPreTrainedModel
 
-from .attribution_head import (
+from .attribution_head import ShapleyImageClassifierMixin, check_grid
+from .coalitions import sum_over_coalitions
+from .configuration_shapley import ShapleyConvNextConfig
+from .heads import (
     AttributionHead,
-    ShapleyImageClassifierMixin,
     absent_shares,
     activated,
-    check_grid,
     coalition_adapters,
     dtype_of_products,
     learning_less,
     scale_gradient,
 )
-from .coalitions import sum_over_coalitions
-from .configuration_shapley import ShapleyConvNextConfig
 
 
 class _Apart(torch.autograd.Function):

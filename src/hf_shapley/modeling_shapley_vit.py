@@ -15,18 +15,17 @@ from transformers.models.vit.modeling_vit import (
     eager_attention_forward,
 )
 
-from .attribution_head import (
+from .attribution_head import ShapleyImageClassifierMixin, check_grid
+from .configuration_shapley import ShapleyViTConfig
+from .heads import (
     AttributionHead,
-    ShapleyImageClassifierMixin,
     absent_shares,
     activated,
-    check_grid,
     coalition_adapters,
     dtype_of_products,
     learning_less,
     scale_gradient,
 )
-from .configuration_shapley import ShapleyViTConfig
 
 # What can hide players from each other; others would ignore the mask, and hidden pixels would leak.
 MASKING_BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -245,7 +244,8 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
 
     def _empty_token(self) -> Tensor:
         """CLS where there is no patch at all: (D)."""
-        any_image = self.classifier.weight.new_zeros(1, self.config.num_channels, *_pair(self.config.image_size))
+        shape = (1, self.config.num_channels, *_pair(self.config.image_size))
+        any_image = torch.zeros(shape, device=self._input_device)
         return self._encode(self._embed(any_image, None)[:, :1], None)[0, 0]
 
     def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:

@@ -1,22 +1,23 @@
 """The pipeline "shapley-image-classification": labels, scores and attribution maps from any picture."""
 
 import base64
-import binascii
 import os
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
+from numbers import Integral
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedConfig
 
 from .checks import known_labels
-from .images import load_image
-from .visualization import overlay, processor_geometry, symmetric_scale
+from .images import is_array, load_image
+from .visualization import check_enlargement, overlay, processor_geometry, symmetric_scale
 
 TASK = "shapley-image-classification"
 
@@ -28,6 +29,58 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "none": lambda logits: logits,
 }
+
+
+SHORTEST_BASE64 = 80
+"""A text of fewer characters is never taken for a picture in base64, but for a file's name."""
+
+ONE_PICTURE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, dict)
+
+
+def score_function(config: PreTrainedConfig) -> str:
+    """How a model's logits become scores, by the rule of transformers' image-classification pipeline.
+
+    Args:
+        config: its `problem_type` and number of labels decide; one label, or labels that may hold together, have
+            probabilities of their own, and a regression's outputs stay what they are.
+
+    Returns:
+        "none", "sigmoid" or "softmax", a key of `SCORES`.
+    """
+    if config.problem_type == "regression":
+        return "none"
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return "sigmoid"
+    return "softmax"
+
+
+def label_scores(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Scores of a model's labels, (..., K) from logits (..., K): the same whatever part of the library says them."""
+    return SCORES[score_function(config)](logits)
+
+
+def pixel_values_of(
+    pictures: Image.Image | Sequence[Image.Image], image_processor: Any, config: PreTrainedConfig
+) -> Tensor:
+    """What a model sees of pictures.
+
+    Args:
+        pictures: one or many, upright RGB as `load_image` gives them.
+        image_processor: the model's own.
+        config: the model's; one whose `num_channels` is 1 is given grey levels.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: a picture that the processor would enlarge beyond all measure.
+    """
+    pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    for picture in pictures:
+        check_enlargement(image_processor, picture.size)
+    if getattr(config, "num_channels", 3) == 1:
+        pictures = [picture.convert("L") for picture in pictures]
+    return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 
 def custom_pipelines() -> dict[str, Any]:
@@ -71,9 +124,11 @@ class ShapleyImageClassificationPipeline(Pipeline):
         """Classify and explain one picture or many.
 
         Args:
-            inputs: a picture: path, http(s) URL, "data:image/...;base64," string, encoded bytes, `PIL.Image.Image`, or
-                a dict with "bytes" or "path" (an undecoded `datasets` image); or many of them: a sequence (list,
-                tuple, `dataset["image"]`), or, to stream, any torch `Dataset`, such as `KeyDataset`, or any iterable.
+            inputs: a picture: path, http(s) URL, base64 text with or without "data:image/...;base64," before it, or
+                anything else that `load_image` reads: encoded bytes, an open file, `PIL.Image.Image`, a NumPy array or
+                tensor of 8-bit levels, a dict with "bytes" or "path" (an undecoded `datasets` image). Or many of them:
+                a sequence (list, tuple, `dataset["image"]`, an array of pictures (B, ...)), or, to stream, any torch
+                `Dataset`, such as `KeyDataset`, or any iterable.
             top_k (int, default 5): number of labels per picture, those of the highest scores.
             labels (list of ids or names): restrict the output to these labels, all of them unless `top_k` is given.
             function_to_apply (str): "softmax", "sigmoid" or "none"; the default follows the model's problem type.
@@ -96,7 +151,9 @@ class ShapleyImageClassificationPipeline(Pipeline):
             OSError: a picture is missing, empty, corrupt or cannot be fetched.
             TypeError: an input is none of the above.
         """
-        if isinstance(inputs, str | bytes | os.PathLike | Image.Image | dict):
+        if is_array(inputs) and inputs.ndim == 4:
+            inputs = list(inputs)
+        if isinstance(inputs, ONE_PICTURE) or hasattr(inputs, "read") or is_array(inputs):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, Dataset):
             return super().__call__(inputs, **kwargs)
@@ -109,14 +166,16 @@ class ShapleyImageClassificationPipeline(Pipeline):
 
     def _sanitize_parameters(
         self,
-        top_k: int | None = None,
+        top_k: Any = None,
         labels: int | str | Sequence[int | str] | None = None,
         function_to_apply: str | None = None,
         overlay: bool | None = None,
         timeout: float | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
+        if top_k is not None:
+            if not isinstance(top_k, Integral) or top_k < 1:
+                raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
+            top_k = int(top_k)  # of NumPy's kinds too
         if function_to_apply is not None:
             function_to_apply = str(getattr(function_to_apply, "value", function_to_apply)).lower()
             if function_to_apply not in SCORES:
@@ -131,13 +190,13 @@ class ShapleyImageClassificationPipeline(Pipeline):
 
     def _label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Label ids of names or ids, each once."""
-        labels = [labels] if isinstance(labels, int | str) else labels
+        labels = [labels] if isinstance(labels, Integral | str) else labels
         return list(dict.fromkeys(known_labels(labels, self.model.config.id2label)))
 
     def preprocess(self, source: Any, keep_image: bool = False, timeout: float = 30.0) -> dict[str, Any]:
         """Any input -> pixel_values (1, C, H, W), and the upright RGB picture if it is needed later."""
         image = _read(source, timeout)
-        pixel_values = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values_of(image, self.image_processor, self.model.config)
         inputs = {"pixel_values": pixel_values.to(self.dtype)}
         return {**inputs, "picture": image} if keep_image else inputs
 
@@ -167,7 +226,7 @@ class ShapleyImageClassificationPipeline(Pipeline):
         """One picture's outputs, each with a leading dimension of 1 -> a dict per label, best score first."""
         names = ("logits", "label_ids", "maps", "base_values")
         logits, label_ids, maps, base_values = (outputs[name][0] for name in names)
-        scores = SCORES[function_to_apply or self._default_function()](logits)
+        scores = SCORES[function_to_apply or score_function(self.model.config)](logits)
         best = scores[label_ids].argsort(descending=True, stable=True)[:top_k]
         entries = [
             {
@@ -182,14 +241,6 @@ class ShapleyImageClassificationPipeline(Pipeline):
         if "picture" in outputs:
             self._add_overlays(entries, maps[best], outputs["picture"])
         return entries
-
-    def _default_function(self) -> str:
-        """How the stock image-classification pipeline turns this model's logits into scores."""
-        config = self.model.config
-        if config.problem_type == "regression":
-            return "none"
-        multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
-        return "sigmoid" if multi_label else "softmax"
 
     def _add_overlays(self, entries: list[dict[str, Any]], maps: Tensor, picture: Image.Image) -> None:
         box = processor_geometry(self.image_processor, picture.size)
@@ -228,17 +279,25 @@ def _read(source: Any, timeout: float) -> Image.Image:
         source = _download(source, timeout)
     elif isinstance(source, str) and source.startswith("data:image/"):
         source = _decode_data_url(source)
+    elif isinstance(source, str) and len(source) > SHORTEST_BASE64 and not os.path.exists(source):
+        source = _decode_base64(source) or source
     return load_image(source)
 
 
 def _decode_data_url(url: str) -> bytes:
     header, _, encoded = url.partition(",")
+    data = _decode_base64(unquote(encoded)) if header.endswith(";base64") else None
+    if data is None:
+        raise OSError(f"Cannot read the picture {url[:40]!r}...: its base64 is damaged or not marked by ';base64,'.")
+    return data
+
+
+def _decode_base64(text: str) -> bytes | None:
+    """The bytes, or None if the text, line breaks aside, is no base64."""
     try:
-        if not header.endswith(";base64"):
-            raise binascii.Error("not marked as base64")
-        return base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
-        raise OSError(f"Cannot read the picture {url[:40]!r}...: its base64 is damaged ({error}).") from error
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:  # binascii's for damage; letters beyond ASCII
+        return None
 
 
 def _download(url: str, timeout: float) -> bytes:

@@ -12,49 +12,58 @@ INFLUENCE_HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def fine_tuning_recipe(learning_rate: float = 5e-5, backbone: str = "vit") -> tuple[dict[str, Any], dict[str, Any]]:
-    """What to set to explain a plain checkpoint, which goes on learning as it would without, or stays as it is.
+GAMES = ("own", "adapted")
+
+
+def fine_tuning_recipe(
+    learning_rate: float = 5e-5, backbone: str = "vit", game: str = "own"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What to set to explain a plain checkpoint while it goes on learning.
 
         model_options, training_options = fine_tuning_recipe(learning_rate=5e-5)
         model = ShapleyViTForImageClassification.from_pretrained("google/vit-base-patch16-224", **model_options)
         args = ShapleyTrainingArguments("explained", num_train_epochs=8, **training_options)
 
-    The labels alone teach the classifier: masked predictions and the Shapley regression teach coalition adapters and
-    the influence head. With `model.freeze_classifier()` nothing else learns.
+    What is explained is the classifier's own response to missing patches, and a little of it learns to be easier to
+    explain. Let the head learn on alone at the end, with `refinement_recipe`. A classifier that must not change at all
+    takes that recipe from the beginning, after `model.freeze_classifier()`.
 
     Args:
         learning_rate: what the backbone is fine-tuned with, above 0. The attribution head and adapters, whose
             weights are new, learn at eight times that.
         backbone: "vit" or "convnext".
+        game: "own", or "adapted": the labels alone teach the classifier, and adapters that act on masked images only
+            change its response to missing patches, which is then another game than the classifier's own. It is for a
+            classifier whose own response is useless, or may not change while it is learned.
 
     Returns:
         Options of the configuration, for `from_pretrained`, and arguments of `ShapleyTrainingArguments`.
 
     Raises:
-        TypeError, ValueError: for a learning rate that is no number or not above 0, or another backbone.
+        TypeError, ValueError: for a learning rate that is no number or not above 0, another backbone or game.
     """
     rates = _learning_rates(learning_rate)
-    if backbone not in INFLUENCE_HEADS:
-        raise ValueError(f"`backbone` must be one of {list(INFLUENCE_HEADS)}, got {backbone!r}.")
+    for name, value, choices in (("backbone", backbone, list(INFLUENCE_HEADS)), ("game", game, list(GAMES))):
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
     model_options = {
         "attribution_head": "votes+influence",
         "vote_readout": "pooled",
         **INFLUENCE_HEADS[backbone],
         "influence_gradient": 0.0,
-        "coalition_gradient": 0.0,
-        "coalition_adapter_size": 64,
     }
     training_options = {
         **rates,
         "coalition_weight": 0.3,
         "shapley_warmup": 0.3,
-        # The even part would pull masked predictions to the middle of v(all) and v(empty), which adapters cannot move.
-        "even_weight": 0.0,
-        "value_gradient": 0.03,
         "value_gradient_fraction": 0.25,
         "coalition_sizes": "spread",
     }
-    return model_options, training_options
+    if game == "own":
+        return model_options, training_options | {"even_weight": 0.1, "value_gradient": 0.1}
+    # The even part would pull masked predictions to the middle of v(all) and v(empty), which adapters cannot move.
+    training_options |= {"even_weight": 0.0, "value_gradient": 0.03}
+    return model_options | {"coalition_gradient": 0.0, "coalition_adapter_size": 64}, training_options
 
 
 def refinement_recipe(learning_rate: float = 5e-5) -> dict[str, Any]:
@@ -65,7 +74,8 @@ def refinement_recipe(learning_rate: float = 5e-5) -> dict[str, Any]:
         args = ShapleyTrainingArguments("refined", num_train_epochs=4, **refinement_recipe(learning_rate=5e-5))
 
     Nothing else has a gradient, so a step shows the head many more coalitions of each image. Images without
-    augmentation, as they will be asked about, bring it closer.
+    augmentation, as they will be asked about, bring it closer. From a plain checkpoint, loaded with the options of
+    `fine_tuning_recipe`, this explains a classifier that stays what it is, to the bit, in its own game.
 
     Args:
         learning_rate: as for `fine_tuning_recipe`; the head learns at eight times that here too.

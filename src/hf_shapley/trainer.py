@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,21 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from .attribution_head import ShapleyImageClassifierOutput, is_own_part, scale_gradient
+from .attribution_head import ShapleyImageClassifierOutput
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
 from .checks import check_count, check_number
 from .coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
+from .heads import is_own_part, scale_gradient, weight_of
 from .hub import keep_card_of_hub
+from .labels import check_labels_of_checkpoint
 from .losses import coalition_label_loss, coalition_loss, coalition_regression_loss, paired_residual_loss
 from .model_card import write_model_card
+from .picture_rows import named_pictures
 from .training_card import render_training_card
 
 logger = logging.getLogger(__name__)
 
 COALITION_TARGETS = ("prediction", "label")
+NO_STEP = (-1, 0)  # (optimizer step, batches of it seen) before the first one
 
 
 @dataclass
@@ -46,6 +52,13 @@ class ShapleyTrainingArguments(TrainingArguments):
     )
     odd_weight: float = field(
         default=1.0, metadata={"help": "Weight of the odd part of a pair's error, which Shapley values depend on."}
+    )
+    readout_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight, beside the Shapley regression on the labels and times its own, of that on what the "
+            "classifier reads, whatever the labels: attributions then hold for labels to come."
+        },
     )
     even_weight: float = field(
         default=1.0, metadata={"help": "Weight of the even part of a pair's error, which measures interactions."}
@@ -80,7 +93,7 @@ class ShapleyTrainingArguments(TrainingArguments):
             check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
         for name in ("shapley_fraction", "value_gradient_fraction"):
             check_number(getattr(self, name), name, "above 0, at most 1", lambda share: 0 < share <= 1)
-        for name in ("shapley_weight", "coalition_weight", "odd_weight", "even_weight"):
+        for name in ("shapley_weight", "coalition_weight", "readout_weight", "odd_weight", "even_weight"):
             check_number(getattr(self, name), name, "0 or more, finite", lambda weight: 0 <= weight < float("inf"))
         if self.attribution_learning_rate is not None:
             check_number(
@@ -99,16 +112,32 @@ class ShapleyTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False
 
 
+def _collate(rows: list[Any]) -> dict[str, Any]:
+    """A batch as transformers' default collator makes it, which leaves text out: labels that are text are refused."""
+    first = rows[0] if isinstance(rows[0], Mapping) else {}
+    for name in ("label", "labels", "label_ids"):
+        if isinstance(first.get(name), str):
+            raise ValueError(
+                f"`{name}` must hold ids of labels, got the text {first[name]!r}: number them in the order of the "
+                f"model's `config.label2id`, as `dataset.cast_column({name!r}, ClassLabel(names=names))` does."
+            )
+    return default_data_collator(rows)
+
+
 class ShapleyTrainer(Trainer):
     """A `Trainer` for Shapley image classifiers: classes, masked predictions and Shapley regression in one forward.
 
-    Each term is logged next to `loss`, averaged over the steps since the last log and over processes:
-    `loss_classification`, `loss_coalition`, `loss_shapley` (unweighted) and the current `shapley_weight`.
+    Each term is logged next to `loss`, averaged over the steps since the last log and over processes, unweighted:
+    `loss_classification`, `loss_coalition`, `loss_shapley`, `loss_readout`; and the current `shapley_weight`.
     Coalitions are a function of the seed, the step and the image's place in the global batch alone, so that a resumed
     run draws what an uninterrupted one would, and several processes draw what one would.
+
+    A loss given as `compute_loss_func` takes the place of the classification loss; as in `Trainer`, labels then do not
+    reach the model.
     """
 
-    # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
+    # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps. With
+    # `compute_loss_func`, where older versions of transformers never do, `compute_loss` does.
     loss_is_scaled_for_ga = False
 
     def __init__(self, model=None, args: ShapleyTrainingArguments | None = None, **kwargs):
@@ -123,10 +152,14 @@ class ShapleyTrainer(Trainer):
         # Steps without coalitions leave adapters out; the accelerator asks before `model_init` says if there are any.
         if args.shapley_every > 1 and (model is None or getattr(model.config, "coalition_adapter_size", 0)):
             args.ddp_find_unused_parameters = True
+        kwargs["data_collator"] = kwargs.get("data_collator") or _collate
         super().__init__(model, args, **kwargs)
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = defaultdict(int)
-        self._micro_step = (-1, 0)  # (optimizer step, batches of it seen)
+        self._micro_step = NO_STEP
+        self._has_warned = False
+        if self.compute_loss_func is not None:
+            self.loss_is_scaled_for_ga = True
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The stock optimizer; an attribution head with a learning rate of its own has parameter groups of its own."""
@@ -146,16 +179,18 @@ class ShapleyTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Joint loss of one batch while training; the stock classification loss while evaluating."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         if "labels" not in inputs or "pixel_values" not in inputs:
             raise ValueError(
                 f"Training needs `pixel_values` and `labels` in each batch, got {sorted(inputs)}: check the data "
                 "set's columns, the data collator and `remove_unused_columns`."
             )
         micro_step = self._count_micro_step()
+        labels = inputs["labels"]
+        inputs = self._for_model(inputs)
         if self.state.global_step % self.args.shapley_every:
             outputs = model(**inputs)
-            terms = {"classification": self._classification_loss(outputs, inputs["labels"])}
+            terms = {"classification": self._classification_loss(outputs, labels, num_items_in_batch)}
             # Every parameter takes part in every step, as distributed training expects.
             loss = terms["classification"] + 0.0 * outputs.attributions.sum()
         else:
@@ -164,13 +199,42 @@ class ShapleyTrainer(Trainer):
             structures = {"coalition_ids": coalitions_to_ids(coalitions), "num_coalitions": 2}
             outputs = model(**inputs, **structures, sums_only=True, num_with_gradient=learning)
             importance = importance_weights(coalitions, self.args.coalition_sizes)
-            terms = self.loss_terms(outputs, coalitions.shape[-1], inputs["labels"], learning, importance)
-            weights = {"classification": 1.0, "coalition": self.args.coalition_weight, "shapley": self.shapley_weight}
+            terms = self.loss_terms(outputs, coalitions.shape[-1], labels, learning, importance, num_items_in_batch)
+            weights = {
+                "classification": 1.0,
+                "coalition": self.args.coalition_weight,
+                "shapley": self.shapley_weight,
+                "readout": self.shapley_weight * self.args.readout_weight,
+            }
             loss = sum(weights[name] * term for name, term in terms.items())
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
             self._term_counts[name] += 1
+        if self.loss_is_scaled_for_ga:
+            loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        """The stock classification loss, of probabilities too."""
+        if self.compute_loss_func is not None or not self._are_probabilities(inputs.get("labels")):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**self._for_model(inputs))
+        loss = self._classification_loss(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the model takes it: without labels where the loss is not the model's own.
+
+        The model would take them for what its own loss does, and note that as its `problem_type`.
+        """
+        if self.compute_loss_func is None and not self._are_probabilities(inputs["labels"]):
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "labels"}
+
+    def _are_probabilities(self, labels: Any) -> bool:
+        """Whether labels are probabilities of classes that exclude each other, as MixUp and CutMix make them."""
+        is_single = self.model.config.problem_type == "single_label_classification"
+        return is_single and isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2
 
     def loss_terms(
         self,
@@ -179,12 +243,14 @@ class ShapleyTrainer(Trainer):
         labels: Tensor,
         num_with_gradient: int | None = None,
         importance: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """The joint loss's unweighted terms, from the sums over pairs of coalitions (B', R, 2, K) of a forward.
 
         Each pair counts by its `importance` (B', R), by default all alike. Of the B' images only the first
         `num_with_gradient` learn through v(S): masked predictions and the even part, which does not depend on how
         attributions are split, are theirs alone; in the odd part their gradient through v(S) stands for everyone's.
+        `num_items_in_batch` is for `compute_loss_func`.
         """
         gains = outputs.coalition_gains
         learning = len(gains) if num_with_gradient is None else num_with_gradient
@@ -201,18 +267,32 @@ class ShapleyTrainer(Trainer):
         odd = regression(len(gains), through_values * len(gains) / learning, self.args.odd_weight, 0.0)
         even = regression(learning, through_values, 0.0, self.args.even_weight)
         return {
-            "classification": self._classification_loss(outputs, labels),
+            "classification": self._classification_loss(outputs, labels, num_items_in_batch),
             "coalition": self._coalition_term(values, outputs.logits[:learning], labels[:learning], importance),
             "shapley": odd + even,
+            **self._readout_term(outputs.readout_errors, num_players, importance),
         }
+
+    def _readout_term(self, errors: Tensor, num_players: int, importance: Tensor) -> dict[str, Tensor]:
+        """The odd part of the regression on directions of the readout as long as the classifier's, all on average.
+
+        Over random directions v of mean squared length L^2 the mean of (v' r)^2 is L^2 times the mean of r^2.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if model.attribution_head.correction is None or self.args.readout_weight == 0:
+            return {}
+        weight = weight_of(model.classifier, errors.shape[-1], errors).detach().float()
+        errors = weight.square().sum(-1).mean().sqrt() * errors
+        return {"readout": paired_residual_loss(errors, num_players, even_weight=0.0, weights=importance)}
 
     def _coalition_term(self, values: Tensor, logits: Tensor, labels: Tensor, importance: Tensor) -> Tensor:
         """Loss of masked predictions v(S), (B', R, 2, K), of which those of a pair count alike."""
         weights = importance[: len(values)].unsqueeze(-1).expand(values.shape[:-1])
         to_label = self.args.coalition_target == "label"
-        if self.model.config.problem_type == "regression":
+        problem = self.model.config.problem_type
+        if problem == "regression" or (problem is None and values.shape[-1] == 1):  # as transformers has it
             return coalition_regression_loss(values, labels if to_label else logits, weights=weights)
-        multi_label = self.model.config.problem_type == "multi_label_classification"
+        multi_label = problem == "multi_label_classification"
         if to_label:
             return coalition_label_loss(values, labels, multi_label=multi_label, weights=weights)
         return coalition_loss(values, logits, multi_label=multi_label, weights=weights)
@@ -246,11 +326,36 @@ class ShapleyTrainer(Trainer):
             As `Trainer.train`: the last step, the mean loss and the metrics.
 
         Raises:
-            ValueError: no complete checkpoint there.
+            ValueError: no complete checkpoint there, or one of other labels.
         """
         if resume_from_checkpoint and not self.is_deepspeed_enabled:  # which keeps its optimizer in a form of its own
             resume_from_checkpoint = complete_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            check_labels_of_checkpoint(resume_from_checkpoint, self.model.config.id2label)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _remove_unused_columns(self, dataset, description=None):
+        # Where the stock Trainer makes a data loader of a data set.
+        return named_pictures(super()._remove_unused_columns(dataset, description))
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Every start comes by here: a second run, one that goes on, another try with smaller batches.
+        self._micro_step = NO_STEP
+        self._term_sums.clear()
+        self._term_counts.clear()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One batch, as `Trainer` takes it; says once if a subclass's `compute_loss` leaves the explanation out."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._micro_step == NO_STEP and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{type(self).__name__}.compute_loss does not call ShapleyTrainer.compute_loss: coalitions and the "
+                "Shapley regression are left out, and no explanation is learned. Give a loss of your own to the "
+                "trainer as `compute_loss_func`, or add to what `super().compute_loss(...)` returns.",
+                stacklevel=2,
+            )
+        return loss
 
     def _save_checkpoint(self, model, trial) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -367,10 +472,17 @@ class ShapleyTrainer(Trainer):
                 f"{load_result.unexpected_keys[:3]} weights, among others: resume with the model that wrote it."
             )
 
-    def _classification_loss(self, outputs: ShapleyImageClassifierOutput, labels: Tensor) -> Tensor:
+    def _classification_loss(
+        self, outputs: ShapleyImageClassifierOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Mean over the batch; what a caller's function made a mean over the global batch becomes one too."""
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-        if self.label_smoother is not None:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                processes = self.accelerator.num_processes // self.get_tp_size()
+                loss = loss * (processes if self.args.n_gpu <= 1 else self.args.n_gpu)
+            return loss * self.current_gradient_accumulation_steps
+        if self.label_smoother is not None or self._are_probabilities(labels):
             return torch.nn.functional.cross_entropy(
                 outputs.logits, labels, label_smoothing=self.args.label_smoothing_factor
             )
@@ -392,10 +504,12 @@ class ShapleyTrainer(Trainer):
         generator = torch.Generator(pixel_values.device)
         # The CPU generator reads the low 32 bits of a seed only.
         generator.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) % 2**32)
-        rows = self.args.train_batch_size
+        # A data loader or collator of the caller's may make other batches than the arguments say.
+        rows = max(self._train_batch_size, len(pixel_values))
         place = micro_step * self.args.world_size + self.args.process_index
+        places = self.args.world_size * self.current_gradient_accumulation_steps
         draw = sample_coalitions(
-            rows * self.args.world_size * self.current_gradient_accumulation_steps,
+            rows * max(places, place + 1),  # a subclass may ask for the loss of a batch more than once
             self.args.num_pairs,
             num_players=height * width,
             sizes=self.args.coalition_sizes,

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from .attribution_head import is_own_part
 from .configuration_shapley import ShapleyConfigMixin
+from .heads import is_own_part
 from .hub import label_names, with_limits
 from .model_card import ShapleyModelCardData, render_model_card
 
@@ -56,7 +56,7 @@ def render_training_card(
     Returns:
         The card, as `render_model_card` gives it.
     """
-    results = {
+    results: dict[str, Any] = {
         "model_name": model_name,
         "license": license,
         "base_model": base_model or _base_model(trainer),
@@ -67,7 +67,13 @@ def render_training_card(
     }
     results = with_limits(results, trainer.model)
     data = ShapleyModelCardData.from_results(results, language=language)
-    data.tags = list(dict.fromkeys([*(data.tags or []), *(tag for given in tags for tag in _as_list(given))]))
+    adapters = getattr(trainer.model, "peft_config", None) or {}
+    if adapters:
+        data.library_name = "peft"  # what is saved are adapters, which take that library
+    kinds = [str(getattr(adapter.peft_type, "value", adapter.peft_type)).lower() for adapter in adapters.values()]
+    data.tags = list(
+        dict.fromkeys([*(data.tags or []), *(tag for given in [*tags, kinds] for tag in _as_list(given))])
+    )
     return render_model_card(results, model_id=model_id, data=data)
 
 

@@ -4,8 +4,9 @@ A map holds one attribution per patch, (h, w) row-major, in logits. Its zero mea
 diverge from white at 0 and one scale, the same on both sides of 0, holds for a whole figure.
 """
 
-import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import cache
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from .checks import check_count, check_number, check_pair, check_sequence, describe
-from .images import to_rgb
+from .checks import check_count, check_number, check_pair, check_sequence, describe, printable
+from .images import MAX_PIXELS, to_rgb
 
 if TYPE_CHECKING:
     # In `try`, because the Hub demands at load whatever a file imports outside of one.
@@ -37,6 +38,12 @@ BLUE_WHITE_RED: tuple[Colour, ...] = (
     (178, 24, 43),
 )
 """Evenly spaced colours from -scale (against the label) over 0 to +scale (for it); readable with colour blindness."""
+
+TITLE_WIDTH = 136.0
+"""In points: what a panel of a figure leaves between its neighbours."""
+
+LONGEST_LINE = 200
+"""In letters: more are not measured."""
 
 
 def symmetric_scale(maps: Any) -> float:
@@ -82,6 +89,30 @@ def processor_geometry(image_processor: BaseImageProcessor, image_size: tuple[in
         visible_width, visible_height = crop_width, crop_height
     x_scale, y_scale = width / resized[0], height / resized[1]
     return left * x_scale, top * y_scale, (left + visible_width) * x_scale, (top + visible_height) * y_scale
+
+
+def check_enlargement(image_processor: Any, image_size: tuple[int, int]) -> None:
+    """Refuse a picture that the processor would enlarge to more than `MAX_PIXELS`.
+
+    Where the shorter edge is given, a small file of 20,000 x 1 pixels becomes a picture of gigabytes before the crop.
+
+    Args:
+        image_processor: any; only one with `size` of shortest edge can enlarge without bound.
+        image_size: (width, height) of the picture.
+
+    Raises:
+        ValueError: it would.
+    """
+    size = getattr(image_processor, "size", None)
+    bounded = not _entry(size, "shortest_edge", default=0) or _entry(size, "longest_edge", default=0)
+    if bounded or not image_processor.do_resize:
+        return
+    (width, height), _ = _resize(image_processor, *image_size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"A picture of {image_size[0]} x {image_size[1]} pixels is too long and narrow: the image processor would "
+            f"enlarge it to {width} x {height}, and at most {MAX_PIXELS} pixels are accepted. Crop it."
+        )
 
 
 def _resize(processor: BaseImageProcessor, width: int, height: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
@@ -327,6 +358,8 @@ def _matplotlib() -> Any:
         import matplotlib.cm
         import matplotlib.colors
         import matplotlib.figure
+        import matplotlib.font_manager
+        import matplotlib.textpath
     except ImportError as error:
         raise ImportError("Figures need matplotlib: install it with `pip install hf_shapley[plot]`.") from error
     return matplotlib
@@ -346,16 +379,81 @@ def _draw_block(
         raise ValueError(f"`labels` must name the {len(maps)} maps of every image, got {len(labels)}: {list(labels)}.")
     image, box = _thumbnail(image, box)
     block[0].imshow(image)
-    block[0].set_title(_printable(title), fontsize="small", parse_math=False)
+    _set_title(block[0], title)
     for panel, attribution_map, label in zip(block[1:], maps, labels, strict=True):
         panel.imshow(overlay(image, attribution_map, box=box, **colouring))
-        panel.set_title(f"{_printable(label)}\nsum {attribution_map.sum():+.2f}", fontsize="small", parse_math=False)
+        _set_title(panel, label, f"\nsum {attribution_map.sum():+.2f}")
 
 
-def _printable(text: str) -> str:
-    """The text without control and invisible characters, which would spoil a figure or turn around what it says."""
-    hidden = {letter for letter in str(text) if unicodedata.category(letter)[0] == "C" and letter != "\n"}
-    return str(text).translate({ord(letter): "\N{REPLACEMENT CHARACTER}" for letter in hidden})
+def _set_title(panel: Any, text: str, last: str = "") -> None:
+    """Put a text above a panel, on lines no wider than it and in fonts that have its letters; then `last`."""
+    matplotlib = _matplotlib()
+    lines = (" ".join(line.split()) for line in printable(text).split("\n"))
+    text, families = _in_fonts("\n".join(lines))
+    font = matplotlib.font_manager.FontProperties(family=families, size="small")
+    measure = matplotlib.textpath.text_to_path.get_text_width_height_descent
+
+    def fits(line: str) -> bool:
+        return measure(line, font, False)[0] <= TITLE_WIDTH
+
+    title = "\n".join(_wrapped(text, fits)) + last
+    panel.set_title(title, fontfamily=families, fontsize="small", parse_math=False)
+
+
+def _wrapped(text: str, fits: Callable[[str], bool], most: int = 3) -> list[str]:
+    """Break a text into lines that fit; of one that needs more than `most`, the middle is left out."""
+    lines: list[str] = []
+    while text:
+        if len(lines) == most - 1 and ("\n" in text or not fits(text)):
+            return [*lines, _end(text.replace("\n", " "), fits)]
+        line = _start(text, fits)
+        lines.append(line.rstrip())
+        text = text[len(line) :].lstrip()
+    return lines
+
+
+def _start(text: str, fits: Callable[[str], bool]) -> str:
+    """As much of a text's first line as fits, at least a letter; whole words where there are any."""
+    line = text.split("\n", 1)[0][:LONGEST_LINE]
+    size = bisect_right(range(1, len(line) + 1), False, key=lambda size: not fits(line[:size]))
+    if size == len(line):
+        return line
+    return line[: (size if line[size] == " " else line.rfind(" ", 0, size) + 1) or max(1, size)]
+
+
+def _end(text: str, fits: Callable[[str], bool]) -> str:
+    """As much of a text's end as fits after an ellipsis, at least a letter."""
+    sizes = range(1, min(len(text), LONGEST_LINE) + 1)
+    size = bisect_right(sizes, False, key=lambda size: not fits("\u2026" + text[-size:]))
+    return "\u2026" + text[-max(1, size) :]
+
+
+def _in_fonts(text: str) -> tuple[str, list[str]]:
+    """The text, with letters that no installed font has as escapes, and the font families that have the others."""
+    matplotlib = _matplotlib()
+    families = list(matplotlib.rcParams["font.family"])
+    missing = {ord(letter) for letter in text if letter != "\n"}.difference(*map(_letters, families))
+    while missing:
+        best = max(_installed_families(), key=lambda family: len(missing & _letters(family)))
+        if not missing & _letters(best):
+            break
+        families.append(best)
+        missing -= _letters(best)
+    return text.translate({code: chr(code).encode("unicode_escape").decode() for code in missing}), families
+
+
+def _installed_families() -> list[str]:
+    """Font families with an upright font of ordinary weight; fonts of last resort, all boxes, are none."""
+    fonts = _matplotlib().font_manager.fontManager.ttflist
+    ordinary = (font.name for font in fonts if font.style == "normal" and font.weight in (400, "normal"))
+    return sorted({name for name in ordinary if "Last" not in name})
+
+
+@cache
+def _letters(family: str) -> frozenset[int]:
+    """Code points for which the font of a family that matplotlib takes has a glyph."""
+    manager = _matplotlib().font_manager
+    return frozenset(manager.get_font(manager.findfont(manager.FontProperties(family=[family]))).get_charmap())
 
 
 def _thumbnail(image: Image.Image, box: Box | None, longest_edge: int = 512) -> tuple[Image.Image, Box | None]:
@@ -374,7 +472,9 @@ def _colour_bar(figure: "Figure", axes: Any, scale: float, cmap: Sequence[Colour
     colours = [tuple(channel / 255 for channel in colour) for colour in cmap]
     colour_map = matplotlib.colors.LinearSegmentedColormap.from_list("attributions", colours)
     mappable = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-scale, scale), colour_map)
-    figure.colorbar(mappable, ax=axes, label="attribution (logits per patch)", fraction=0.05, aspect=30)
+    # Moved towards the bar, as they otherwise are, narrow pictures would bring their titles over it.
+    placing: dict[str, Any] = {"fraction": 0.05, "aspect": 30, "panchor": False}
+    figure.colorbar(mappable, ax=axes, label="attribution (logits per patch)", **placing)
 
 
 def _finite(values: Any, name: str) -> Tensor:
