@@ -2,6 +2,7 @@
 
 import json
 import re
+from ast import literal_eval
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -461,3 +462,40 @@ def test_what_spread_sizes_save_is_that_of_the_result_file():
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
+
+
+OURS, ADAPTED = "the classifier's own", "the game with adapters"
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "games"),
+    [
+        ("README.md", "| | accuracy, joint |", [OURS]),
+        ("README.md", "| | ViT | ConvNeXt |\n|---|---|---|\n| step with `fine_tuning_recipe(game", [ADAPTED]),
+        ("README.md", "| | ViT | ConvNeXt |\n|---|---|---|\n| step with every default", [ADAPTED]),
+        ("README.md", "| | seeds |", [ADAPTED]),
+        ("docs/recipe.md", "## A checkpoint", [OURS, ADAPTED]),
+        ("docs/faithfulness.md", "### From scratch", ["its own", "the classifier's with adapters"]),
+    ],
+)
+def test_figures_say_which_head_and_game_were_measured(name, table, games):
+    """Until they are measured again: the head as first built, and whose game, in the paragraphs before the table."""
+    page = (ROOT / name).read_text(encoding="utf-8")
+    before = " ".join(" ".join(page[: page.index(table)].split("\n\n")[-3:]).split())
+    assert re.search(r"with the (attribution )?head as first built", before)
+    assert all(game in before for game in games)
+
+
+@pytest.mark.parametrize(
+    ("heading", "game"), [("## A checkpoint: its own game", "own"), ("## Another game: adapters", "adapted")]
+)
+def test_the_settings_that_the_recipe_page_names_are_the_recipes(heading, game):
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    section = page[page.index(heading) :].split("\n## ")[0].split("\n**")[0]
+    named = re.findall(r"\(`.*?`\)", section, flags=re.DOTALL)
+    named = [pair for text in named for pair in re.findall(r"`(\w+)=([^`]+)`", text)]
+    recipes = [fine_tuning_recipe(5e-4, backbone, game) for backbone in ("vit", "convnext")]
+    options = [{**model, **training} for model, training in recipes]
+    assert len(named) >= 4
+    for name, value in named:
+        assert any(option.get(name) == literal_eval(value) for option in options), name
