@@ -1,8 +1,9 @@
 # make demo     train a small self-explaining model and look at its explanations
-# make test     run the tests; PYTEST_ARGS="tests/test_losses.py -k efficiency" runs some of them
+# make test     run the tests, with a Chromium that it installs where there is none;
+#               PYTEST_ARGS="tests/test_losses.py -k efficiency" runs some of them
 # make lint     check style, types, dead code and layout
 # make coverage run the tests, show the lines of src/ that none reaches, and refuse less than 95 % of them
-# make quality  lint and coverage: everything that must hold before a change goes in
+# make quality  lint, docs and coverage: everything that must hold before a change goes in
 # make audit    ask for known vulnerabilities of the pinned dependencies; needs the package index's own service
 # make docs     build the documentation into site/
 # make test-oldest run the tests with the oldest supported versions, in an environment of their own
@@ -47,6 +48,7 @@ demo: $(VENV)/.installed-plot
 	$(BIN)/hf-shapley demo
 
 test: $(VENV)/.installed-test
+	$(BIN)/python tests/browser.py
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 $(VENV)-oldest/.installed: setup.cfg constraints-oldest.txt
@@ -55,10 +57,12 @@ $(VENV)-oldest/.installed: setup.cfg constraints-oldest.txt
 	touch $@
 
 test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python tests/browser.py
 	$(TEST_ENV) $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # Some of the tests reach some of the lines: only all of them together are held to the limit.
 coverage: $(VENV)/.installed-test
+	$(BIN)/python tests/browser.py
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --cov \
 		$(if $(strip $(PYTEST_ARGS)),$(PYTEST_ARGS),--cov-fail-under=$(MIN_COVERAGE))
 
@@ -71,7 +75,7 @@ lint: $(VENV)/.installed-quality $(VENV)/.installed-test
 	$(BIN)/python -m pytest --quiet --noconftest tests/test_layout.py
 
 # The tests run once, under coverage.
-quality: lint coverage
+quality: lint docs coverage
 
 # A package that the service does not know counts as a failure, not as harmless.
 audit: $(VENV)/.installed-quality

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import VIT, make_model
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -19,7 +19,14 @@ from transformers import (
     pipeline,
 )
 
-from hf_shapley import digits_dataset, fine_tuning_recipe, insertion_deletion, render_model_card
+from hf_shapley import (
+    ShapleyViTConfig,
+    ShapleyViTForImageClassification,
+    digits_dataset,
+    fine_tuning_recipe,
+    insertion_deletion,
+    render_model_card,
+)
 from hf_shapley.cli import main
 
 
@@ -225,6 +232,17 @@ def test_a_bad_request_is_one_clear_line_and_nothing_written(checkpoint, picture
     assert code == 1
     assert message in capsys.readouterr().err
     assert not output.exists() and not list(output.parent.glob("*"))
+
+
+def test_explain_says_that_attributions_were_not_trained(picture, tmp_path, capsys, caplog):
+    folder = str(tmp_path / "model")
+    ShapleyViTForImageClassification(ShapleyViTConfig(**VIT, attribution_head="votes+influence")).save_pretrained(
+        folder
+    )
+    ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
+    assert main(["explain", picture, "--model", folder, "-o", str(tmp_path / "out.png"), "--json"]) == 0
+    assert "The attributions of this model have not been trained." in caplog.text
+    assert len(json.loads(capsys.readouterr().out)) == 2  # which the warning leaves alone
 
 
 def test_the_demo_ends_with_a_model_results_figure_and_report(tmp_path, capsys):

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from browser import found_browser
 from conftest import make_model
 from PIL import Image
 from transformers import ConvNextImageProcessorPil, pipeline
@@ -198,8 +198,7 @@ def test_an_uploads_name_leads_nowhere(name, url, uploads):
 @pytest.fixture
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    assert chromium, "The browser test needs Debian's chromium: apt-get install chromium"
+    chromium = found_browser()
     arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=arguments)

@@ -119,7 +119,7 @@ def test_arrays_and_tensors_are_pictures(shape, mode):
     levels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     expected = to_rgb(Image.frombytes(mode, shape[1::-1], levels.tobytes())).tobytes()
     assert load_image(levels).tobytes() == expected
-    levels.flags.writeable = False
+    levels.setflags(write=False)
     assert load_image(levels).tobytes() == expected
     tensor = torch.tensor(levels)
     assert load_image(tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor).tobytes() == expected

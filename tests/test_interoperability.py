@@ -280,6 +280,23 @@ def test_an_unreadable_row_is_named_or_left_out(kind, stream, named_model, datas
     assert "picture-3.png" in caplog.text
 
 
+def test_a_transform_still_gets_pictures(named_model, dataset):
+    def mirror(batch):
+        return {**batch, "image": [image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) for image in batch["image"]]}
+
+    explained = add_attributions(dataset.with_transform(mirror), named_model, PROCESSOR).with_format(None)
+    mirrored = mirror({"image": [row["image"] for row in dataset]})["image"]
+    logits = named_model(PROCESSOR(images=mirrored, return_tensors="pt")["pixel_values"]).logits.amax(1)
+    torch.testing.assert_close(torch.tensor(explained["attributions_logit"][:]), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_formatted_data_sets_are_explained(kind, named_model, dataset):
+    plain = add_attributions(dataset, named_model, PROCESSOR)["attributions_logit"][:]
+    formatted = add_attributions(dataset.with_format(kind), named_model, PROCESSOR)
+    np.testing.assert_allclose(formatted["attributions_logit"][:], plain, atol=1e-6)
+
+
 def test_a_model_of_grey_images_explains_a_data_set(dataset):
     model = make_model("vit", num_channels=1, **NAMES)
     grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])

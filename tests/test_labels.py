@@ -219,7 +219,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     ) as caught:
         training_job.main([*arguments, "--held_out", "0.9", "--output_dir", str(tmp_path / "out")])
     row = int(str(caught.value).split()[1])
-    train = training_job.undecoded(training_job.load_dataset(str(tmp_path / "pictures"), split="train"))
+    train = training_job.undecoded(training_job.load_dataset(str(tmp_path / "pictures"), split="train"), "image")
     assert train[row]["image"]["path"] == str(path)
 
 

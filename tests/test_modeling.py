@@ -2,20 +2,26 @@
 
 import copy
 from collections import Counter
+from threading import Event, Thread, current_thread
 
 import pytest
 import torch
 from conftest import CONVNEXT, VIT, make_model
+from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    ConvNextImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
     ViTModel,
+    pipeline,
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,7 +37,7 @@ from hf_shapley import (
     sample_coalitions,
     upsample_attributions,
 )
-from hf_shapley.attribution_head import activated
+from hf_shapley.attribution_head import UNTRAINED, _check_copies, activated, learning_less
 from hf_shapley.coalitions import sum_over_coalitions
 from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
 
@@ -73,6 +79,19 @@ def stock_voters(model, pixel_values):
     else:
         pooled = model.convnext(pixel_values).pooler_output
     return (pooled - model._empty_token()).unsqueeze(1).expand(-1, PLAYERS, -1)
+
+
+def interrupt_once(module, call):
+    """Let another thread make a whole call while this one is at a module, the first time that it is."""
+    calls = [call]
+
+    def interrupt(*_):
+        if calls:
+            thread = Thread(target=calls.pop())
+            thread.start()
+            thread.join()
+
+    module.register_forward_pre_hook(interrupt)
 
 
 def hide(pixel_values, coalition, value):
@@ -257,6 +276,32 @@ def test_gradient_checkpointing_leaves_gradients_alone(pixel_values):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch maps the CPU's attention image by image
+@pytest.mark.parametrize("played", [False, True])
+@pytest.mark.parametrize("recipe", [False, True])
+def test_gradients_of_each_image_are_found_at_once(backbone, recipe, played, pixel_values):
+    """`vmap` over images gives the gradients, classification alone or with coalitions, that each image has alone."""
+    model = make_model(backbone, **(fine_tuning_recipe(backbone=backbone)[0] if recipe else {})).train()
+    labels, ids = torch.tensor([0, 4, 2]), coalitions_to_ids(draw())
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights, pixels, label, ids):
+        inputs = {"pixel_values": pixels[None], "labels": label[None]}
+        if played:
+            inputs |= {"coalition_ids": ids[None], "num_coalitions": 2, "sums_only": True}
+        output = torch.func.functional_call(model, weights, kwargs=inputs)
+        error = output.coalition_gains - output.coalition_attributions if played else output.attributions
+        return output.loss + error.square().mean()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(weights, pixel_values, labels, ids)
+    weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+    for image in range(3):
+        alone = loss(weights, pixel_values[image], labels[image], ids[image])
+        gradients = torch.autograd.grad(alone, list(weights.values()), materialize_grads=True)
+        for name, expected in zip(weights, gradients, strict=True):
+            torch.testing.assert_close(found[name][image], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_half_precision_keeps_float32_sums(backbone, pixel_values):
     model = make_model(backbone, attribution_head="votes+influence")
     exact = model(pixel_values).logits
@@ -336,6 +381,53 @@ def test_explaining_leaves_the_training_mode_as_it_was(model, pixel_values):
     model.explain(pixel_values)
     model.coalition_values(pixel_values, draw())
     assert model.training and all(module.training for module in model.modules())
+
+
+def test_explaining_leaves_alone_what_is_evaluated_within_a_training_model(model, pixel_values):
+    """A part that its user keeps in evaluation mode, as a frozen one is, stays in it."""
+    model.train()
+    model.base_model.embeddings.eval()
+    expected = [module.training for module in model.modules()]
+    model.explain(pixel_values)
+    assert [module.training for module in model.modules()] == expected and len(set(expected)) == 2
+
+
+def test_a_thread_that_ends_leaves_others_in_evaluation_mode(pixel_values):
+    """Of two threads that explain with a model in training mode, the first to end does not give the other dropout."""
+    model = make_model("vit", hidden_dropout_prob=0.5)
+    expected, found = model.explain(pixel_values), []
+    late = Thread(target=lambda: found.append(model.explain(pixel_values)))
+    begun, ended = Event(), Event()
+
+    def gate(*_):
+        if current_thread() is late:
+            begun.set()
+            ended.wait(10)
+        elif late.ident is None:
+            late.start()
+            begun.wait(10)
+
+    model.vit.layers[0].register_forward_pre_hook(gate)
+    model.train()
+    found.append(model.explain(pixel_values))
+    ended.set()
+    late.join()
+    for maps in found:
+        torch.testing.assert_close(maps, expected, atol=1e-6, rtol=1e-6)
+    assert len(found) == 2 and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("own_layers", [0, 1, 2])
+def test_threads_that_record_do_not_see_each_other(backbone, own_layers, pixel_values):
+    """What another thread computes in the midst of a recorded forward does not enter it."""
+    model = make_model(backbone, attribution_head="votes+influence", influence_own_layers=own_layers)
+    expected = model(pixel_values)
+    layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        interrupt_once(layer, lambda: model(2 * pixel_values, output_hidden_states=True))
+    output = model(pixel_values, output_hidden_states=True)
+    torch.testing.assert_close(output.attributions, expected.attributions, atol=1e-5, rtol=1e-5)
+    assert len(output.hidden_states) == 3
 
 
 def test_other_image_sizes_with_interpolated_positions():
@@ -508,6 +600,29 @@ def test_the_classifiers_weights_get_a_share_of_the_coalitions_gradient(backbone
     assert sum(gradient.any().item() for gradient in whole.values()) > len(whole) / 2
 
 
+class ScaledInt8(nn.Linear):
+    """A quantised layer as bitsandbytes has it: the frozen weight carries what turns its numbers into weights."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.bias = linear.bias
+        self.weight = nn.Parameter(linear.weight.detach().mul(100).round().to(torch.int8), requires_grad=False)
+        self.weight.scale = 0.01
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.weight * self.weight.scale, self.bias)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_quantised_layer_keeps_its_weight_where_the_rest_learns_less(share):
+    """What learns beside a quantised weight gets its share of the gradient; the weight stays as its layer has it."""
+    layer, inputs = ScaledInt8(nn.Linear(6, 4)), torch.randn(3, 6, requires_grad=True)
+    found, expected = learning_less(layer, share)(inputs), layer(inputs)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(out.sum(), layer.bias, materialize_grads=True)[0] for out in (found, expected)]
+    assert torch.equal(gradients[0], share * gradients[1])
+
+
 def test_hooks_of_a_layers_parts_act_on_coalitions_too(pixel_values):
     model = make_model("vit", coalition_gradient=0.0).train()
     ids = coalitions_to_ids(sample_coalitions(3, 1, num_players=24, generator=torch.Generator().manual_seed(0)))
@@ -615,6 +730,31 @@ def test_any_part_may_be_offloaded(backbone, offloaded, pixel_values, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("offloaded", ["backbone", "attribution_head"])
+def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_path):
+    """Neither from nor into an offloaded layer can be copied: refused, with the way round, not left at random."""
+    plain_model(backbone).save_pretrained(tmp_path / "plain")
+    options = {"attribution_head": "votes+influence", "influence_own_layers": 1}
+    whole = SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **options)
+    place = {"backbone": whole.base_model_prefix}.get(offloaded, offloaded)
+    where = {name: "disk" if name == place else "cpu" for name, _ in whole.named_children()}
+    devices = {"device_map": where, "offload_folder": str(tmp_path / "offloaded")}
+    with pytest.raises(ValueError, match="offloaded or quantised: load .* once without `device_map`"):
+        SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **options, **devices)
+    whole.save_pretrained(tmp_path / "ours")
+    loaded = SHAPLEY[backbone].from_pretrained(tmp_path / "ours", **devices)
+    assert any(weight.is_meta for weight in loaded.parameters())
+
+
+def test_own_layers_are_no_copies_of_what_is_quantised(backbone):
+    model = make_model(backbone, attribution_head="votes+influence", influence_own_layers=1)
+    layer = model._last_layers(1)[0][0]
+    linear = next(module for module in layer.modules() if isinstance(module, nn.Linear))
+    linear.weight = nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="offloaded or quantised"):
+        _check_copies(model, "plain")
+
+
 def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
@@ -626,6 +766,28 @@ def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values
     # Every weight is equal; a product with one row may round by where in memory they lie.
     found, wanted = loaded(pixel_values).attributions, model(pixel_values).attributions
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_auto_model_gives_the_backbones_features(backbone, pixel_values, tmp_path):
+    """`AutoModel` loads of a checkpoint of ours what it would of a plain one; so does the pipeline for features."""
+    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
+    model.save_pretrained(tmp_path / "ours")
+    features, report = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not any(
+        "vit." in key or "convnext." in key for key in report["unexpected_keys"]
+    )
+    expected = model.base_model(pixel_values).last_hidden_state
+    assert torch.equal(features.eval()(pixel_values).last_hidden_state, expected)
+
+    processor = {"vit": ViTImageProcessorPil, "convnext": ConvNextImageProcessorPil}[backbone](do_resize=False)
+    processor.save_pretrained(tmp_path / "ours")
+    picture = Image.linear_gradient("L").convert("RGB").resize((24, 16))
+    found = torch.tensor(pipeline("image-feature-extraction", model=str(tmp_path / "ours"))(picture))
+    expected = model.base_model(**processor(picture, return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    features.save_pretrained(tmp_path / "features")
+    assert type(AutoModel.from_pretrained(tmp_path / "features")) is type(features)
 
 
 def test_a_plain_classifier_keeps_every_weight(backbone, tmp_path):
@@ -686,6 +848,67 @@ def test_only_what_is_new_is_reported_missing(backbone, pixel_values, tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+HEADS = {
+    "votes": {"vote_layers": 1},
+    "influence": {"attribution_head": "votes+influence"},
+    "recommended": fine_tuning_recipe()[0] | {"influence_layers": 1},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_model_says_whether_its_attributions_were_trained(backbone, head, pixel_values, tmp_path, caplog):
+    """A plain checkpoint, loaded or saved and loaded again, says once that it was not; after a step it does not."""
+    plain_model(backbone).save_pretrained(tmp_path / "plain")
+    SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **HEADS[head]).save_pretrained(tmp_path / "ours")
+    assert UNTRAINED not in caplog.text  # whoever loads a checkpoint to train it need not hear of it
+    for folder in ("plain", "ours"):
+        model = SHAPLEY[backbone].from_pretrained(tmp_path / folder, **HEADS[head])
+        caplog.clear()
+        for _ in range(2):
+            model.explain(pixel_values)
+        assert not model.attributions_trained and caplog.text.count(UNTRAINED) == 1
+    coalitions = draw(structures=1)
+    output = model.train()(pixel_values, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+    output.coalition_attributions.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model.attributions_trained
+    model.save_pretrained(tmp_path / "trained")
+    caplog.clear()
+    SHAPLEY[backbone].from_pretrained(tmp_path / "trained").explain(pixel_values)
+    assert UNTRAINED not in caplog.text
+
+
+def test_a_plain_classifier_that_would_read_patch_tokens_is_named_while_loading(backbone, tmp_path, caplog):
+    """Nothing in such a model starts at zero, so that later nobody could tell."""
+    plain_model(backbone).save_pretrained(tmp_path / "plain")
+    SHAPLEY[backbone].from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "ours")
+    assert caplog.text.count(UNTRAINED) == 1
+    SHAPLEY[backbone].from_pretrained(tmp_path / "ours")
+    assert caplog.text.count(UNTRAINED) == 1
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["classifier.bias", "attribution_head.influence_norm.weight", "layernorm"])
+def test_weights_that_are_not_finite_are_refused(backbone, name, broken, pixel_values, tmp_path):
+    """A checkpoint that holds some is not loaded; where training made some, `explain` names them in place of a map."""
+    model = make_model(backbone, attribution_head="votes+influence")
+    name = f"{model.base_model_prefix}.{name}.weight" if name == "layernorm" else name
+    model.get_parameter(name).data[1] = broken
+    with pytest.raises(ValueError, match=f"answers NaN or infinity: weights \\['{name}'\\] are not finite"):
+        model.explain(pixel_values)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=f"NaN or infinity in 1 weights, such as \\['{name}'\\]"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_logits_beyond_half_precision_are_refused(backbone, pixel_values):
+    """Every weight is finite, but what the layers make of them is not."""
+    model = make_model(backbone, attribution_head="votes+influence").to(torch.float16)
+    model.attribution_head.influence_norm.weight.data.fill_(6e4)
+    with pytest.raises(ValueError, match="too large for torch.float16"):
+        model.explain(pixel_values.half())
+
+
 def test_a_vit_without_classifier_keeps_its_backbone(tmp_path):
     options = {key: value for key, value in VIT.items() if key != "num_labels"}
     torch.manual_seed(0)
@@ -695,6 +918,47 @@ def test_a_vit_without_classifier_keeps_its_backbone(tmp_path):
     model, report = ShapleyViTForImageClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
     assert sorted(report["missing_keys"]) == ["classifier.bias", "classifier.weight"]
     assert torch.equal(model.vit.layers[1].mlp.fc1.weight, backbone.layers[1].mlp.fc1.weight)
+
+
+def test_a_plain_configuration_is_taken_as_ours(backbone, pixel_values, tmp_path):
+    """The pattern of Hugging Face's example scripts loads what loading without a configuration does."""
+    plain_model(backbone).save_pretrained(tmp_path)
+    labels = {"id2label": {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}, "num_labels": 5}
+    config = AutoConfig.from_pretrained(tmp_path, **labels)
+    options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
+    model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, **options).eval()
+    expected = SHAPLEY[backbone].from_pretrained(tmp_path, **options).eval()
+    assert torch.equal(model(pixel_values).attributions, expected(pixel_values).attributions)
+    assert type(model.config) is type(expected.config) and model.config.model_type == expected.config.model_type
+    assert model.config.id2label == labels["id2label"] and model.config.name_or_path == str(tmp_path)
+    assert type(config).model_type == backbone  # what was given is left as it was
+    assert type(SHAPLEY[backbone](config).config) is type(expected.config)
+
+
+def test_labels_named_while_loading_are_saved_both_ways(backbone, tmp_path):
+    """A plain checkpoint whose labels `id2label` alone names comes back with these names, and their ids by name."""
+    plain_model(backbone).save_pretrained(tmp_path / "plain")
+    model = SHAPLEY[backbone].from_pretrained(tmp_path / "plain", id2label=dict(enumerate("abcde")))
+    assert model.config.label2id == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    model.save_pretrained(tmp_path / "ours")
+    loaded = SHAPLEY[backbone].from_pretrained(tmp_path / "ours")
+    assert loaded.config.id2label == dict(enumerate("abcde")) and loaded.config.label2id == model.config.label2id
+
+
+def test_options_beside_our_configuration_leave_it_alone(backbone, tmp_path):
+    make_model(backbone).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, attribution_head="votes+influence")
+    assert (model.config.attribution_head, config.attribution_head) == ("votes+influence", "votes")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("vit", ConvNextConfig), ("convnext", ViTConfig)])
+def test_a_configuration_of_another_architecture_is_refused(ours, theirs, tmp_path):
+    make_model(ours).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use a checkpoint of that backbone"):
+        SHAPLEY[ours].from_pretrained(tmp_path, config=theirs())
+    with pytest.raises(ValueError, match="use a checkpoint of that backbone"):
+        SHAPLEY[ours](theirs())
 
 
 def test_another_number_of_labels_replaces_the_classifier_only(backbone, tmp_path):
@@ -714,6 +978,14 @@ def test_our_checkpoint_loads_into_the_plain_class(backbone, tmp_path):
     options = {"vit": VIT, "convnext": CONVNEXT}[backbone]
     plain = plain_class.from_pretrained(tmp_path, config=plain_config(**options))
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_other_sizes_are_refused_as_transformers_refuses_them(backbone, tmp_path):
+    """Whoever catches transformers' RuntimeError catches ours, which is a ValueError as all our refusals are."""
+    plain_model(backbone).save_pretrained(tmp_path)
+    for error in (RuntimeError, ValueError):
+        with pytest.raises(error, match="set `ignore_mismatched_sizes=True`"):
+            SHAPLEY[backbone].from_pretrained(tmp_path, num_labels=7)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("vit", "convnext"), ("convnext", "vit")])

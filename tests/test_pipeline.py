@@ -430,6 +430,14 @@ def test_a_download_has_a_limit(classifier, site, monkeypatch):
 # ---- options
 
 
+def test_an_answer_that_is_not_finite_is_refused():
+    model = make_model("vit", num_labels=5)
+    model.classifier.bias.data[0] = float("nan")
+    classifier = pipeline(TASK, model=model, image_processor=PROCESSOR)
+    with pytest.raises(ValueError, match="answers NaN or infinity"):
+        classifier(pictures()[0])
+
+
 @pytest.mark.parametrize(
     "option, message",
     [

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PrinterCallback
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
+from hf_shapley.attribution_head import UNTRAINED, ZeroLinear
+from hf_shapley.hub import with_limits
 from hf_shapley.training_card import _last_evaluation, _metrics
 
 ROWS = [{"pixel_values": torch.full((3, 16, 24), float(row)), "labels": torch.tensor(row)} for row in range(4)]
@@ -54,6 +56,29 @@ def test_a_saved_model_has_a_card_with_results_and_recipe(tmp_path):
         assert setting in card.text
     assert "ant, bee, cat, dog, eel" in card.text and "frozen" not in card.text
     assert str(tmp_path) not in card.content
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_card_says_whether_attributions_were_trained(trained, tmp_path):
+    """Without a training step, or with one that leaves the attribution head out, a limit of the card says so."""
+    trainer = make_trainer(tmp_path, model={"attribution_head": "votes+influence"})
+    for module in trainer.model.attribution_head.modules():
+        if isinstance(module, ZeroLinear):
+            torch.nn.init.zeros_(module.weight)
+    if trained:
+        trainer.train()
+    trainer.create_model_card()
+    assert (f"- {UNTRAINED}" in card_in(tmp_path).text) is not trained
+
+
+def test_a_pushed_card_says_that_attributions_were_not_trained():
+    results = {"model_name": "new", "limits": ["Small."]}
+    model = make_model("vit", attribution_head="votes+influence")
+    assert with_limits(results, model) == results
+    for module in model.attribution_head.modules():
+        if isinstance(module, ZeroLinear):
+            torch.nn.init.zeros_(module.weight)
+    assert with_limits(results, model)["limits"] == ["Small.", UNTRAINED] and results["limits"] == ["Small."]
 
 
 def test_the_card_of_a_frozen_classifier_says_so(tmp_path):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     ConvNextImageProcessorPil,
     ViTImageProcessorPil,
@@ -210,6 +211,7 @@ def _register() -> None:
             processors["torchvision"] = getattr(transformers, processor.__name__.removesuffix("Pil"))
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForImageClassification.register(config, model, exist_ok=True)
+        AutoModel.register(config, model.features_class, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"

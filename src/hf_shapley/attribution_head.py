@@ -6,12 +6,16 @@ classifier; the logits are v(all). Shapley values are linear in the game, so the
 phi = Phi W' with Phi (N, D), and the attributions sum to v(all) - v(empty) by construction.
 """
 
+import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +27,31 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import ModelOutput, cached_file
 from transformers.utils.generic import can_return_tuple
 
-from .checks import check_count, check_device, check_floats, check_label_ids, check_pair, describe, known_labels
+from .checks import (
+    check_count,
+    check_device,
+    check_floats,
+    check_label_ids,
+    check_pair,
+    describe,
+    known_labels,
+    may_be_read,
+)
 from .coalitions import (
     check_coalitions,
     coalitions_to_ids,
     ids_to_coalitions,
     sum_over_coalitions,
 )
+from .configuration_shapley import ShapleyConfigMixin
 from .posterior import ShapleyPosterior, coalitions_to_ask, shapley_posterior
+
+logger = logging.getLogger(__name__)
 
 # The last layer of the influence head, and what it was called when each label had weights of its own.
 TIED, UNTIED = "attribution_head.correction.weight", "attribution_head.influence.weight"
+UNTRAINED = "The attributions of this model have not been trained."
+TRAIN = "Train it with `ShapleyTrainer` or `hf-shapley train`."
 
 
 @dataclass
@@ -102,23 +120,28 @@ def activated(act: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
     The hidden tensor is the largest of a layer: to touch new memory of its size takes a CPU longer than GELU does.
     """
     known = getattr(act, "act", None) is nn.functional.gelu and type(source) is nn.Linear
-    if hidden.requires_grad or torch.compiler.is_compiling() or not (known and _is_alone(act) and _is_alone(source)):
+    if hidden.requires_grad or not (may_be_read(hidden) and known and _is_alone(act) and _is_alone(source)):
         return act(hidden)
     return torch.ops.aten.gelu_(hidden)
 
 
 def learning_less(module: nn.Module, share: float) -> Callable:
     """The module as a function whose weights get `share` of their gradient; its input still gets all of its own."""
-    if share == 1 or not torch.is_grad_enabled() or not any(weight.requires_grad for weight in module.parameters()):
+    if share == 1 or not torch.is_grad_enabled():
         return module
-    weights = {name: scale_gradient(weight, share) for name, weight in module.named_parameters()}
+    # Frozen weights stay what they are: a quantised layer's are more than a tensor.
+    learning = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    if not learning:
+        return module
+    weights = {name: scale_gradient(weight, share) for name, weight in learning.items()}
     if _is_alone(module):
         # The same. To exchange a module's weights takes the host longer than to launch its kernel.
+        every = {**dict(module.named_parameters()), **weights}
         if type(module) is nn.Linear:
-            return partial(nn.functional.linear, **weights)
+            return partial(nn.functional.linear, **every)
         if type(module) is nn.LayerNorm:
             shape = module.normalized_shape
-            return partial(nn.functional.layer_norm, normalized_shape=shape, eps=module.eps, **weights)
+            return partial(nn.functional.layer_norm, normalized_shape=shape, eps=module.eps, **every)
     return lambda *args: torch.func.functional_call(module, weights, args)
 
 
@@ -377,11 +400,23 @@ def weight_of(module: nn.Module, size: int, like: Tensor) -> Tensor:
         module: the layer.
         size: D.
         like: a tensor of the device and dtype that the layer takes.
+
+    Raises:
+        ValueError: for a layer that is not linear.
     """
     if is_plain_linear(module):
         return module.weight
-    basis = torch.eye(size, dtype=_input_dtype(module, like), device=like.device)
-    return (module(basis) - module(torch.zeros_like(basis[:1]))).T
+    basis = 3 * torch.eye(size, dtype=_input_dtype(module, like), device=like.device)  # as long as readouts are
+    above, below, middle = module(basis), module(-basis), module(torch.zeros_like(basis[:1]))
+    # Dropout of an adapter that learns is no reason to refuse, nor are quantised inputs, which are rounded.
+    if not module.training and may_be_read(above):
+        bent = (above + below - 2 * middle).abs().max()
+        if bent > 0.02 * (above - below).abs().max():
+            raise ValueError(
+                f"`{type(module).__name__}` in place of a linear layer must be a linear map of what it reads: "
+                "attributions would be another model's. Put other layers into the backbone."
+            )
+    return ((above - below) / 6).T
 
 
 def linear_of(tokens: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -418,6 +453,12 @@ class ShapleyImageClassifierMixin:
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
 
+    # What `AutoModel` makes of a checkpoint: the backbone.
+    features_class: type
+
+    # What the first answer found; None = nobody asked yet.
+    _is_untrained: bool | None = None
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -428,16 +469,22 @@ class ShapleyImageClassifierMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a checkpoint of ours or a plain one of the same backbone, as `PreTrainedModel.from_pretrained` does.
 
-        Weights are read from safetensors, never unpickled, unless `use_safetensors=False` asks for it.
+        Weights are read from safetensors, never unpickled, unless `use_safetensors=False` asks for it. A plain
+        `config` is taken as ours, and options of the attribution head may be given beside it.
 
         Raises:
-            OSError: no such checkpoint, damaged files, or weights that are not all of the backbone's.
-            ValueError: weights of other sizes than the configuration's, or a configuration that makes no sense.
+            OSError: no such checkpoint, damaged files, weights that are not all of the backbone's, or that are NaN or
+                infinite.
+            ValueError: weights of other sizes than the configuration's, a configuration that makes no sense, or own
+                layers that are to start as copies of offloaded or quantised ones.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         name = str(pretrained_model_name_or_path)
         cls.config_class.check_stored_sizes(pretrained_model_name_or_path, **kwargs)
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            options = {option.name for option in fields(ShapleyConfigMixin)} & kwargs.keys()
+            kwargs["config"] = cls.config_class.of(kwargs["config"], **{name: kwargs.pop(name) for name in options})
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -445,7 +492,7 @@ class ShapleyImageClassifierMixin:
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
-            raise ValueError(
+            raise _MismatchedSizes(
                 f"The weights of {name!r} have other sizes than its configuration: load them with the one they were "
                 "saved with, or set `ignore_mismatched_sizes=True` for a new head."
             ) from error
@@ -458,12 +505,27 @@ class ShapleyImageClassifierMixin:
             _tie(model, name, kwargs)
             info["missing_keys"] = set(info["missing_keys"]) - {TIED}
             info["unexpected_keys"] = set(info["unexpected_keys"]) - {UNTIED}
+        if broken := _not_finite(model):
+            raise OSError(
+                f"The checkpoint {name!r} has NaN or infinity in {len(broken)} weights, such as {broken[:3]}: its "
+                "training diverged, or its numbers are too large for the dtype. Take an earlier checkpoint, or set "
+                "`dtype=torch.float32`."
+            )
         if any(key.startswith("attribution_head.own_") for key in info["missing_keys"]):
+            _check_copies(model, name)
             model.attribution_head.copy_layers(*model._last_layers(model.attribution_head.own_layers))
+        if model._reads_untrained_tokens():
+            logger.warning("%s Nor has the classifier of %r learned to read patch tokens. %s", UNTRAINED, name, TRAIN)
         return (model, info) if wants_info else model
 
     def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, push_to_hub: bool = False, *args, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Save weights, configuration and code, the pipeline's included, so that the Hub can serve all of them.
 
@@ -480,6 +542,8 @@ class ShapleyImageClassifierMixin:
         from .pipeline_shapley import custom_pipelines
 
         self.config.custom_pipelines = custom_pipelines()
+        features = f"{type(self).__module__.rpartition('.')[2]}.{self.features_class.__name__}"
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": features}
         names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
         publishing = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
         # The original format renames ViT's weights, and Trainer, which resumes by the model's own names, would then
@@ -517,7 +581,7 @@ class ShapleyImageClassifierMixin:
             readout = torch.zeros(self.attribution_head.hidden_size, device=device)
         else:
             readout = at_least_float32(self.attribution_head.vote_tokens(token))
-        return readout, mapped(self.classifier, readout)
+        return readout, mapped(self.classifier, readout[None])[0]  # quantised layers take no single row
 
     @property
     def game_name(self) -> str:
@@ -539,6 +603,47 @@ class ShapleyImageClassifierMixin:
     def _input_device(self) -> torch.device:
         """Where inputs belong: with the weights that are not offloaded."""
         return next((weight.device for weight in self.parameters() if not weight.is_meta), self.device)
+
+    @property
+    def attributions_trained(self) -> bool:
+        """Whether training has reached the attribution head, as far as its weights say.
+
+        Its last layers start at zero, and all of them are still there: False. A head without such layers does not say.
+        """
+        started_at_zero = [
+            module
+            for name, module in self.attribution_head.named_modules()
+            # An adapter's own weights say more than those that it wraps, and offloaded ones nothing.
+            if isinstance(module, ZeroLinear) and not name.endswith("base_layer") and not module.weight.is_meta
+        ]
+        return not started_at_zero or any(bool(module.weight.detach().any()) for module in started_at_zero)
+
+    def _reads_untrained_tokens(self) -> bool:
+        """Whether votes are what a plain checkpoint's classifier makes of patch tokens, with no weights that tell."""
+        written_by = self.config.architectures or [type(self).__name__]
+        ours = any(name == type(self).__name__ or "Shapley" in name for name in written_by)
+        return not ours and not any(isinstance(module, ZeroLinear) for module in self.attribution_head.modules())
+
+    def _check_answers(self, outputs: ShapleyImageClassifierOutput) -> None:
+        """Refuse outputs that are not finite before a user sees them; say, once per model, that its head is untrained.
+
+        Not part of the forward: on a GPU the host would wait for it in every training step.
+        """
+        if not may_be_read(outputs.logits):
+            return
+        given = (outputs.logits, outputs.attributions, outputs.base_values)
+        extremes = [torch.aminmax(tensor.detach()) for tensor in given if tensor is not None]
+        if not all(math.isfinite(extreme) for pair in extremes for extreme in pair):
+            broken = _not_finite(self)
+            cause = f"weights {broken[:3]} are not finite" if broken else f"its numbers are too large for {self.dtype}"
+            raise ValueError(
+                f"The model answers NaN or infinity: {cause}. Take a checkpoint from before training diverged, or set "
+                "`dtype=torch.float32`."
+            )
+        if self._is_untrained is None:
+            self._is_untrained = not self.attributions_trained
+            if self._is_untrained:
+                logger.warning("%s %s", UNTRAINED, TRAIN)
 
     @can_return_tuple
     def forward(
@@ -704,6 +809,9 @@ class ShapleyImageClassifierMixin:
 
         Returns:
             (B, K or L, h, w) float32 on the model's device; a map's sum is its label's logit less its base value.
+
+        Raises:
+            ValueError: for pixels or labels that do not fit, or an answer that is NaN or infinite.
         """
         height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
         check_count(evaluations, "evaluations", 0)
@@ -711,6 +819,7 @@ class ShapleyImageClassifierMixin:
             labels = self._label_ids(labels, len(pixel_values))
         with _evaluating(self):
             outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attributed=labels)
+        self._check_answers(outputs)
         attributions = outputs.attributions
         if evaluations > 1:
             asked = self._ask(pixel_values, attributions, labels, evaluations, interpolate_pos_encoding, generator)
@@ -748,6 +857,7 @@ class ShapleyImageClassifierMixin:
         check_count(evaluations, "evaluations", 2)
         with _evaluating(self):
             outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        self._check_answers(outputs)
         asked = self._ask(pixel_values, outputs.attributions, None, evaluations, interpolate_pos_encoding, generator)
         ratios = torch.stack([found.error_ratios for found in asked]).to(outputs.attributions)  # (B, K)
         chosen = outputs.logits.argmax(-1, keepdim=True) if labels is None else self._label_ids(labels, len(ratios))
@@ -847,7 +957,7 @@ class ShapleyImageClassifierMixin:
         check_device(pixel_values, "pixel_values", self._input_device)
         grid = self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
         # Elsewhere than on the CPU the check would make the host wait in every training step.
-        checked = (check_values or pixel_values.device.type == "cpu") and not torch.compiler.is_compiling()
+        checked = (check_values or pixel_values.device.type == "cpu") and may_be_read(pixel_values)
         # NaN is both extremes; asking each pixel takes 20 times as long, which a small model's forward feels.
         if checked and not all(math.isfinite(extreme) for extreme in torch.aminmax(pixel_values.detach())):
             raise ValueError(
@@ -867,7 +977,7 @@ class ShapleyImageClassifierMixin:
             wanted = (batch,) if num_labels == 1 and labels.ndim == 1 else (batch, num_labels)
             check_floats(labels, "labels", wanted, f"`config.problem_type` is {problem!r}")
         # Elsewhere than on the CPU the check would make the host wait in every training step.
-        elif labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        elif labels.device.type == "cpu" and may_be_read(labels):
             ids = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
             check_label_ids(ids, "labels", batch, num_labels, may_be_unknown=True)
         check_device(labels, "labels", pixel_values.device)
@@ -898,9 +1008,36 @@ class ShapleyImageClassifierMixin:
             ids = ids.expand(batch, -1)
         if ids.ndim != 2 or len(ids) != batch or ids.numel() == 0:
             raise ValueError(f"`labels` must hold L labels or be of shape ({batch}, L), got {tuple(labels.shape)}.")
-        if not torch.compiler.is_compiling() and (ids.min() < 0 or ids.max() >= num_labels):
+        if may_be_read(ids) and (ids.min() < 0 or ids.max() >= num_labels):
             raise ValueError(f"`labels` must lie in [0, {num_labels}), got {ids.min().item()} to {ids.max().item()}.")
         return ids
+
+
+class _MismatchedSizes(ValueError, RuntimeError):
+    """A ValueError as our refusals are, and a RuntimeError as transformers' own."""
+
+
+def _check_copies(model: Any, name: str) -> None:
+    """Refuse to start own layers as copies where a weight of either is offloaded or quantised, and so not at hand."""
+    if all(weight.is_meta for weight in model.parameters()):  # a process that FSDP will send all weights
+        return
+    layers, norm = model._last_layers(model.attribution_head.own_layers)
+    for module in (*layers, norm, model.attribution_head):
+        if any(weight.is_meta or not weight.is_floating_point() for weight in module.parameters()):
+            raise ValueError(
+                "The influence head's own layers start as copies of the backbone's last ones, of which some are "
+                f"offloaded or quantised: load {name!r} once without `device_map` and `quantization_config`, save it, "
+                "and load what was saved."
+            )
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights that hold NaN or infinity; those that hold no numbers here, or only bytes, do not count."""
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta and not weight.isfinite().all()
+    ]
 
 
 def _check_backbone(info: dict, prefix: str, name: str) -> None:
@@ -1000,17 +1137,38 @@ def _detached_beyond(tensor: Tensor, count: int) -> Tensor:
     return tensor if count == len(tensor) else torch.cat([tensor[:count], tensor[count:].detach()])
 
 
+_MODES = threading.Lock()
+# How many blocks of all threads hold a model in evaluation mode, and which modules were in it before the first one.
+_HELD: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
 class _evaluating:
-    """Evaluation mode within a block; the mode is put back after it."""
+    """Evaluation mode within a block; the last of the blocks that overlap puts back every module's mode.
+
+    So threads explain with one model at a time. One that trains it meanwhile would train in evaluation mode.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __enter__(self):
-        self.was_training = self.model.training
-        if self.was_training:
-            self.model.eval()
+        with nullcontext() if torch.compiler.is_compiling() else _MODES:  # the compiler knows no locks
+            count, evaluated = _HELD.get(self.model, (0, []))
+            self.is_held = count > 0 or self.model.training
+            if self.model.training:
+                evaluated = [module for module in self.model.modules() if not module.training]
+                self.model.eval()
+            if self.is_held:
+                _HELD[self.model] = count + 1, evaluated
 
     def __exit__(self, *_):
-        if self.was_training:
+        if not self.is_held:
+            return
+        with nullcontext() if torch.compiler.is_compiling() else _MODES:
+            count, evaluated = _HELD.pop(self.model)
+            if count > 1:
+                _HELD[self.model] = count - 1, evaluated
+                return
             self.model.train()
+            for module in evaluated:
+                module.training = False

@@ -62,6 +62,11 @@ def check_data(tensor: Tensor, name: str) -> None:
         raise ValueError(f"`{name}` is on the meta device, which holds no numbers: make it on a real one.")
 
 
+def may_be_read(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers may be asked for here: not while torch is compiling, nor where torch.func maps it."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def check_device(tensor: Any, name: str, device: torch.device) -> None:
     """Raise if a tensor is not where the others are; what is no tensor is left to other checks."""
     if isinstance(tensor, Tensor) and tensor.device != device:

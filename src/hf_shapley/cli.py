@@ -158,6 +158,7 @@ def _explain(options: argparse.Namespace) -> None:
     chosen = [_label(label, model.config.id2label) for label in options.label or ()]
     with torch.no_grad():
         outputs = model(pixels, attributed=chosen or options.top_k)
+    model._check_answers(outputs)
     logits, ids = outputs.logits[0], outputs.attributed_labels[0].tolist()
     scores = label_scores(logits, model.config)
     labels = [model.config.id2label[index] for index in ids]

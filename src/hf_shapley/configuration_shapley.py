@@ -1,5 +1,6 @@
 """Configurations of the Shapley classifiers: the stock ViT and ConvNeXt ones plus the attribution head's options."""
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -147,7 +148,9 @@ class ShapleyConfigMixin:
         """One name per label; with a reverse map that does not contradict it."""
         if not self.id2label:
             raise ValueError("`id2label` must name at least one label, got none: set `num_labels` or `id2label`.")
-        if not self.label2id:
+        # Whoever names the labels by `id2label` alone leaves transformers' own names in the reverse map.
+        unnamed = {f"LABEL_{index}": index for index in range(len(self.label2id or {}))}
+        if not self.label2id or self.label2id == unnamed:
             self.label2id = {label: index for index, label in self.id2label.items()}
         for label, index in self.label2id.items():
             if not str(index).isdecimal() or self.id2label.get(int(index)) != label:
@@ -244,14 +247,50 @@ class ShapleyConfigMixin:
                 f"The config.json of {str(pretrained_model_name_or_path)!r} is not a configuration ({error}): "
                 "download or save the checkpoint again."
             ) from error
-        if found is not None and found not in (cls.model_type, cls.plain_model_type):
-            raise ValueError(
-                f"{cls.__name__} reads checkpoints of type {cls.plain_model_type!r} or {cls.model_type!r}, but "
-                f"{str(pretrained_model_name_or_path)!r} is of type {found!r}: use a checkpoint of that backbone."
-            )
+        if found is not None:
+            cls._check_type(found, repr(str(pretrained_model_name_or_path)))
         if found == cls.plain_model_type:
             config_dict = {**config_dict, "model_type": cls.model_type}
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the stock one, which sets what is given beside the entries after they were checked."""
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._check_labels()
+        return made
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, **options) -> PreTrainedConfig:
+        """A configuration of ours as it is, or a plain one of the same backbone as ours; with options, a copy.
+
+        Args:
+            config: what a model is made from; what is no configuration at all is left to transformers to refuse.
+            **options: fields to set.
+
+        Raises:
+            ValueError: a configuration of another architecture.
+        """
+        # Asked of the class, as a repository's copy of ours has our type, and an instance may have its checkpoint's.
+        found = getattr(type(config), "model_type", cls.model_type)
+        if found != cls.model_type:
+            cls._check_type(found, "the configuration given")
+            entries = {**config.to_dict(), "model_type": cls.model_type, **options}
+            return cls(**entries, attn_implementation=config._attn_implementation)
+        if options:
+            config = copy.deepcopy(config)
+            for name, value in options.items():
+                setattr(config, name, value)
+        return config
+
+    @classmethod
+    def _check_type(cls, found: str, what: str) -> None:
+        """Refuse another architecture than ours and the plain one."""
+        if found not in (cls.model_type, cls.plain_model_type):
+            raise ValueError(
+                f"{cls.__name__} reads checkpoints of type {cls.plain_model_type!r} or {cls.model_type!r}, but "
+                f"{what} is of type {found!r}: use a checkpoint of that backbone."
+            )
 
 
 class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):

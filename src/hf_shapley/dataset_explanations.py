@@ -460,6 +460,7 @@ def _write_rows(
 def _explain(model: PreTrainedModel, batch: _Batch, pixel_values: Tensor, attributed: int | Tensor | None) -> pa.Table:
     """One forward -> the rows of a batch."""
     output = model(pixel_values, attributed=attributed)
+    model._check_answers(output)
     logits = output.logits
     predicted = logits.argmax(dim=-1)
     scores = label_scores(logits, model.config).gather(1, predicted.unsqueeze(1)).squeeze(1)

@@ -17,8 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 def undecoded(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
-    """The same rows with pictures as bytes or paths: `datasets` would open formats that `load_image` refuses."""
+    """The same rows with pictures as bytes or paths: `datasets` would open formats that `load_image` refuses.
+
+    Rows of `with_transform` are left as they are: a transform of the user's expects pictures.
+    """
     feature = (dataset.features or {}).get(column)
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset
     return dataset.cast_column(column, Image(decode=False)) if isinstance(feature, Image) else dataset
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
+from .attribution_head import UNTRAINED
 from .files import whole_file
 from .model_card import (
     ShapleyModelCard,
@@ -171,6 +172,13 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [] if names == [f"LABEL_{label}" for label in range(config.num_labels)] else names
 
 
+def with_limits(results: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Results for a card that says so if the model's attributions have not been trained."""
+    if getattr(model, "attributions_trained", True):  # an older model's code, from a repository, lacks it
+        return results
+    return {**results, "limits": list(dict.fromkeys([*results.get("limits", []), UNTRAINED]))}
+
+
 def _publish(
     model: PreTrainedModel,
     save: Callable[[str], None],
@@ -216,7 +224,7 @@ def _card_to_publish(model: PreTrainedModel, repo_id: str, results: Mapping[str,
     if results is not None:
         render_model_card(results, model_id=repo_id)  # which refuses what is malformed, whatever the card adds
     shown = {"labels": label_names(model), **merge_results(results_of_card(card or ""), results or {})}
-    shown = {"model_name": name, **shown, "game": model.game_name}
+    shown = with_limits({"model_name": name, **shown, "game": model.game_name}, model)
     data = ShapleyModelCardData.from_results(shown)
     if card is not None:
         for entry, value in vars(ShapleyModelCard(card).data).items():

@@ -214,12 +214,16 @@ def add_attributions(
 
     ids = _ids_of_classes(model, None if label_column is None else features[label_column])
     mode = getattr(features[image_column], "mode", None)
+    # A data set in memory decodes what it stores; a stream gives what the function below gives.
+    hands_out_pictures = isinstance(dataset, IterableDataset) and getattr(features[image_column], "decode", False)
 
     def explain(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         positions, images = read_pictures(
             batch[image_column], rows, processor, mode=mode, skip_unreadable=skip_unreadable
         )
         kept = {name: [values[position] for position in positions] for name, values in batch.items()}
+        if hands_out_pictures:
+            kept[image_column] = [features[image_column].decode_example(image) for image in kept[image_column]]
         label_ids = None
         if label_column is not None:
             label_ids = torch.tensor([_label_id(model, ids.get(x, x)) for x in kept[label_column]])
@@ -238,6 +242,7 @@ def _explain(
     pixel_values = pixel_values_of(images, processor, model.config).to(model.device, model.dtype)
     with torch.no_grad(), _evaluating(model):
         outputs = model(pixel_values, attributed=1 if label_ids is None else label_ids.unsqueeze(1))
+    model._check_answers(outputs)
     maps = outputs.attributions.squeeze(2).unflatten(1, model.grid_size(*pixel_values.shape[-2:]))  # (B, h, w)
     chosen = outputs.attributed_labels  # (B, 1)
     columns = maps, chosen[:, 0], outputs.base_values[chosen[:, 0]], outputs.logits.gather(1, chosen)[:, 0]

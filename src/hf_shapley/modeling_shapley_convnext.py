@@ -32,6 +32,8 @@ class _Apart(torch.autograd.Function):
     It and `_Together` are each other's gradient, in fewer and smaller passes over memory than those torch derives.
     """
 
+    generate_vmap_rule = True  # for gradients of each image by itself
+
     @staticmethod
     def forward(cells: Tensor, masks: Tensor) -> Tensor:
         return cells.unsqueeze(1) * masks
@@ -47,6 +49,8 @@ class _Apart(torch.autograd.Function):
 
 class _Together(torch.autograd.Function):
     """Each cell as the coalition that holds it has it: (B, G, H, W, C), masks (B, G, H, W, 1) -> (B, H, W, C)."""
+
+    generate_vmap_rule = True  # for gradients of each image by itself
 
     @staticmethod
     def forward(apart: Tensor, masks: Tensor) -> Tensor:
@@ -69,6 +73,8 @@ class _Together(torch.autograd.Function):
 
 class _LearningBias(torch.autograd.Function):
     """A convolution's output (B, C, H, W) as it is; the bias (C), which is in it already, gets the gradient's sum."""
+
+    generate_vmap_rule = True  # for gradients of each image by itself
 
     @staticmethod
     def forward(convolved: Tensor, bias: Tensor) -> Tensor:
@@ -112,7 +118,7 @@ class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
             mixed = self.dwconv(features).permute(0, 2, 3, 1)  # (B, H, W, C)
         else:
             # Channels last, as in the stock layer: there the convolution's weight gradient is up to 3 times cheaper.
-            features = features.contiguous(memory_format=torch.channels_last)
+            features = features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
             mixed = self._mix_apart(features, masks, share)
         hidden = learning_less(self.pwconv1, share)(learning_less(self.layernorm, share)(mixed))
         hidden = learning_less(self.pwconv2, share)(activated(self.act, hidden, self.pwconv1))
@@ -138,6 +144,12 @@ class InfluenceConvNextLayer(ShapleyConvNextLayer):
         return super().forward(features).flatten(2).transpose(1, 2)
 
 
+class ShapleyConvNextModel(ConvNextModel):
+    """The backbone of such a classifier, as `AutoModel` loads it: the stock ConvNeXt, for its features."""
+
+    config_class = ShapleyConvNextConfig
+
+
 class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNextPreTrainedModel):
     """ConvNeXt image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
 
@@ -146,10 +158,12 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
     """
 
     config_class = ShapleyConvNextConfig
+    features_class = ShapleyConvNextModel
     supports_gradient_checkpointing = True
     _no_split_modules = ["ShapleyConvNextLayer"]
 
     def __init__(self, config: ShapleyConvNextConfig):
+        config = self.config_class.of(config)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.convnext = ConvNextModel(config)
@@ -283,3 +297,4 @@ def _enlarged(maps: Tensor, scale: int) -> Tensor:
 
 
 ShapleyConvNextForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ShapleyConvNextModel.register_for_auto_class("AutoModel")

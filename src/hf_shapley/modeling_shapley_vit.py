@@ -1,6 +1,7 @@
 """A ViT whose prediction is, exactly, a base value plus the Shapley values of its patches."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, cat, nn
@@ -48,6 +49,7 @@ class ShapleyViTLayer(ViTLayer):
         num_queries: int | None = None,
         num_images: int | None = None,
         share: float = 1.0,
+        reading: Callable[[Tensor], None] | None = None,
         **kwargs,
     ) -> Tensor:
         """The stock layer, (B, T, D) -> (B, T, D), or a part of it.
@@ -58,8 +60,11 @@ class ShapleyViTLayer(ViTLayer):
             num_queries: Q, give only the first (B, Q, D).
             num_images: B, give the same packed.
             share: of the gradient that reaches the weights; not packed.
+            reading: called with `hidden_states`.
             **kwargs: passed on.
         """
+        if reading is not None:
+            reading(hidden_states)
         if num_queries is None and num_images is None and share == 1:
             return super().forward(hidden_states, attention_mask, **kwargs)
         normed = learning_less(self.layernorm_before, share)(hidden_states)
@@ -136,6 +141,15 @@ class InfluenceViTLayer(ViTLayer):
         return super().forward(tokens)
 
 
+class ShapleyViTModel(ViTModel):
+    """The backbone of such a classifier, as `AutoModel` loads it: the stock ViT, for its features."""
+
+    config_class = ShapleyViTConfig
+
+    def __init__(self, config: ShapleyViTConfig):
+        super().__init__(config, add_pooling_layer=False)
+
+
 class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTrainedModel):
     """ViT image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
 
@@ -144,9 +158,11 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
     """
 
     config_class = ShapleyViTConfig
+    features_class = ShapleyViTModel
     _no_split_modules = ["ViTEmbeddings", "ShapleyViTLayer"]
 
     def __init__(self, config: ShapleyViTConfig):
+        config = self.config_class.of(config)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = ViTModel(config, add_pooling_layer=False)
@@ -179,13 +195,13 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
         recordings = ("output_hidden_states", "output_attentions")
         if not kwargs and not any(getattr(self.config, name, False) for name in recordings):
             return self._tokens(self._embed(pixel_values, interpolate_pos_encoding)), {}
-        inputs: list[Tensor] = []  # of the layer where the influence head leaves the backbone, if it has its own
         own = self.attribution_head.own_layers
-        hook = self.vit.layers[-own].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        try:
-            outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        finally:
-            hook.remove()
+        # What the last layers read, from the first of those that the influence head has copies of. The backbone hands
+        # the function on to every layer; a hook would see what other threads compute.
+        inputs: deque[Tensor] = deque(maxlen=own)
+        outputs = self.vit(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, reading=inputs.append, **kwargs
+        )
         cls, patches = _split(outputs.last_hidden_state)
         read = self._own_patches(inputs[0]) if own else patches
         recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
@@ -277,7 +293,7 @@ class ShapleyViTForImageClassification(ShapleyImageClassifierMixin, ViTPreTraine
             )
         # Additive and in the queries' dtype: torch would turn a bool mask into just that, anew in every layer.
         apart = token_ids[:, None, :, None] != token_ids[:, None, None, :]  # (B, 1, T, T)
-        nothing = torch.zeros(apart.shape, dtype=dtype_of_products(tokens), device=tokens.device)
+        nothing = torch.zeros_like(apart, dtype=dtype_of_products(tokens))
         return nothing.masked_fill_(apart, float("-inf"))
 
     def _encode(
@@ -329,3 +345,4 @@ def _pair(size) -> tuple[int, int]:
 
 
 ShapleyViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ShapleyViTModel.register_for_auto_class("AutoModel")

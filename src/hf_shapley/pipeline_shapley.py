@@ -147,7 +147,7 @@ class ShapleyImageClassificationPipeline(Pipeline):
               it, on one colour scale for all labels of the picture.
 
         Raises:
-            ValueError: an option or a label is unknown, or a picture is too large.
+            ValueError: an option or a label is unknown, a picture is too large, or the model answers NaN.
             OSError: a picture is missing, empty, corrupt or cannot be fetched.
             TypeError: an input is none of the above.
         """
@@ -208,6 +208,7 @@ class ShapleyImageClassificationPipeline(Pipeline):
         grid = self.model.grid_size(*pixel_values.shape[-2:])
         best = min(5 if top_k is None else top_k, self.model.config.num_labels)
         outputs = self.model(pixel_values, attributed=best if label_ids is None else label_ids)
+        self.model._check_answers(outputs)
         results = {
             "logits": outputs.logits,
             "label_ids": outputs.attributed_labels,

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from .attribution_head import is_own_part
 from .configuration_shapley import ShapleyConfigMixin
-from .hub import label_names
+from .hub import label_names, with_limits
 from .model_card import ShapleyModelCardData, render_model_card
 
 # What a card tells of the recipe, next to the joint loss's own knobs.
@@ -56,7 +56,7 @@ def render_training_card(
     Returns:
         The card, as `render_model_card` gives it.
     """
-    results = {
+    results: dict[str, Any] = {
         "model_name": model_name,
         "game": trainer.model.game_name,
         "license": license,
@@ -66,6 +66,7 @@ def render_training_card(
         "metrics": _metrics(_last_evaluation(trainer)),
         "training": _recipe(trainer),
     }
+    results = with_limits(results, trainer.model)
     data = ShapleyModelCardData.from_results(results, language=language)
     adapters = getattr(trainer.model, "peft_config", None) or {}
     if adapters:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -22,6 +21,7 @@ from transformers import (
     BaseImageProcessor,
     EvalPrediction,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
     ViTImageProcessorPil,
     set_seed,
@@ -29,13 +29,14 @@ from transformers import (
 from transformers.hf_argparser import string_to_bool
 
 from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .dataset_images import undecoded
 from .digits import digits_dataset, label_maps
 from .files import whole_file
 from .images import load_image
 from .labels import class_names, given_names, ids_by_name, row_names
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
-from .pipeline_shapley import label_scores
+from .pipeline_shapley import label_scores, pixel_values_of
 from .recipes import fine_tuning_recipe, refinement_recipe
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 
@@ -322,12 +323,6 @@ def _read(args: DataArguments) -> DatasetDict:
     return load_dataset(args.dataset, args.dataset_config)
 
 
-def undecoded(rows: Dataset, column: str = "image") -> Dataset:
-    """The same rows with pictures as bytes or paths: `load_image` reads them, and names one that it cannot read."""
-    decodes = isinstance(rows.features[column], ImageFeature)
-    return rows.cast_column(column, ImageFeature(decode=False)) if decodes else rows
-
-
 def _named(splits: DatasetDict, wanted: str) -> Dataset:
     if wanted not in splits:
         raise ValueError(f"The data set has the splits {list(splits)}, got {wanted!r}.")
@@ -407,6 +402,7 @@ def _small(args: ModelArguments) -> dict:
 
 def make_transform(
     processor: BaseImageProcessor,
+    config: PreTrainedConfig,
     *,
     horizontal_flip: bool = False,
     random_crop: float = 1.0,
@@ -417,6 +413,7 @@ def make_transform(
 
     Args:
         processor: of the model.
+        config: of the model.
         horizontal_flip: mirror half of the pictures.
         random_crop: crop to a part of the area drawn from [this, 1].
         label_ids: the model's id of each of the data set's; None = the same.
@@ -435,7 +432,7 @@ def make_transform(
 
     def transform(rows: dict) -> dict:
         images = [augment(image) for image in _pictures(rows, split)]
-        batch = {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"])}
+        batch: dict[str, Any] = {"pixel_values": list(pixel_values_of(images, processor, config))}
         if "label" in rows:
             batch["labels"] = rows["label"] if label_ids is None else [label_ids[label] for label in rows["label"]]
         return batch
@@ -464,9 +461,10 @@ def with_transforms(
     augmentation = {"horizontal_flip": args.horizontal_flip, "random_crop": args.random_crop}
     return DatasetDict(
         {
-            name: undecoded(rows).with_transform(
+            name: undecoded(rows, "image").with_transform(
                 make_transform(
                     processor,
+                    model.config,
                     label_ids=label_ids,
                     split=rows.split,
                     **(augmentation if name == "train" else {}),
