@@ -89,6 +89,14 @@ def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
     assert "coalition adapter size: 4, classifier: frozen" in card_in(tmp_path).text
 
 
+@pytest.mark.parametrize("game", ["own", "adapted"])
+def test_the_training_card_says_whose_game_it_is(game, tmp_path):
+    trainer = make_trainer(tmp_path, model=fine_tuning_recipe(game=game)[0])
+    trainer.create_model_card()
+    whose = {"own": "the classifier's own", "adapted": "the classifier with adapters for masked images"}[game]
+    assert f"Whose game it is: {whose}, absent patches dropped." in card_in(tmp_path).text
+
+
 def test_the_card_names_every_option_of_the_head_that_was_set(tmp_path):
     make_trainer(tmp_path, model=fine_tuning_recipe(game="adapted")[0]).create_model_card()
     text = card_in(tmp_path).text

@@ -1,4 +1,4 @@
-"""Image classifiers that explain themselves: logits and every patch's Shapley value from one forward pass."""
+"""Image classifiers that explain themselves: logits and estimates of every patch's Shapley value from one forward."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -265,6 +265,7 @@ def card_results(results: dict) -> dict:
     return {
         "model_name": f"Digits, {results['backbone']}",
         "summary": "A small classifier of tiny pictures of digits, to show and test what hf_shapley does.",
+        "game": "the classifier's own, absent patches dropped",
         "license": "apache-2.0",
         "dataset": {"name": "scikit-learn digits", "id": "sklearn-digits", "split": "test"},
         "metrics": [

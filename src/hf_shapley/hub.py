@@ -224,7 +224,7 @@ def _card_to_publish(model: PreTrainedModel, repo_id: str, results: Mapping[str,
     if results is not None:
         render_model_card(results, model_id=repo_id)  # which refuses what is malformed, whatever the card adds
     shown = {"labels": label_names(model), **merge_results(results_of_card(card or ""), results or {})}
-    shown = with_limits({"model_name": name, **shown}, model)
+    shown = with_limits({"model_name": name, **shown, "game": model.game_name}, model)
     data = ShapleyModelCardData.from_results(shown)
     if card is not None:
         for entry, value in vars(ShapleyModelCard(card).data).items():

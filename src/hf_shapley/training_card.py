@@ -58,6 +58,7 @@ def render_training_card(
     """
     results: dict[str, Any] = {
         "model_name": model_name,
+        "game": trainer.model.game_name,
         "license": license,
         "base_model": base_model or _base_model(trainer),
         "dataset": _dataset(trainer, dataset or {}),
