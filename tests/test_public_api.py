@@ -73,7 +73,15 @@ INTERNAL = {
     },
     "modeling_shapley_convnext": {"DepthwiseConv2d", "InfluenceConvNextLayer", "ShapleyConvNextLayer"},
     "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP"},
-    "pipeline_shapley": {"custom_pipelines", "label_scores", "pixel_values_of", "score_function"},
+    "pipeline_shapley": {
+        "asked_of_the_game",
+        "check_evaluations",
+        "check_in_words",
+        "custom_pipelines",
+        "label_scores",
+        "pixel_values_of",
+        "score_function",
+    },
     "visualization": {"check_enlargement"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
