@@ -70,21 +70,21 @@ def expected(classifier):
 # ---- what it gives
 
 
-def judged(model, **options):
-    """Verdicts on the maps of three pictures."""
-    classifier = ShapleyImageClassificationPipeline(model=model, image_processor=PROCESSOR, device="cpu", check=16)
-    return [entry["check"]["verdict"] for entries in classifier(pictures(), **options) for entry in entries]
-
-
 def test_exact_maps_are_good_and_wrong_ones_are_not():
     """Where patches do not mix, votes are the exact Shapley values; a head of random weights knows nothing of them."""
+
+    def verdicts(model, **options):
+        classifier = ShapleyImageClassificationPipeline(model=model, image_processor=PROCESSOR, device="cpu")
+        return [entry["check"]["verdict"] for entries in classifier(pictures(), **options) for entry in entries]
+
     model = additive_model()
-    assert judged(model) == ["good"] * 15
+    assert verdicts(model, check=16) == ["good"] * 15
+    assert verdicts(make_model("vit", attribution_head="votes+influence"), check=64, top_k=1) == ["do not trust"] * 3
     right = model._attributions
-    model._attributions = lambda *args: torch.randn_like(right(*args))
-    assert judged(model, top_k=1) == ["do not trust"] * 3
+    model._attributions = lambda *args: -right(*args)
+    assert verdicts(model, check=64, top_k=1) == ["do not trust"] * 3
     # What is judged is what is shown: refined maps are exact again, whatever they began with.
-    assert judged(model, top_k=1, evaluations=256) == ["good"] * 3
+    assert verdicts(model, check=64, top_k=1, evaluations=64) == ["good"] * 3
 
 
 def test_a_check_is_the_models_own(vit, classifier):

@@ -188,7 +188,8 @@ class ShapleyImageClassificationPipeline(Pipeline):
             labels (list of ids or names): restrict the output to these labels, all of them unless `top_k` is given.
             function_to_apply (str): "softmax", "sigmoid" or "none"; the default follows the model's problem type.
             overlay (bool, default False): add to each entry a picture of the map over the input.
-            check (int, default 0): evaluations of the game for each picture, such as 16, to judge its maps by.
+            check (int, default 0): evaluations of the game for each picture, such as 16, to judge its maps by; few
+                can miss a wrong map, 64 are surer.
             evaluations (int, default 0): of the game for each picture, such as 256, to bring its maps nearer to the
                 exact Shapley values.
             seed (int, default 0): of the draws of both; the same picture gets the same answer.

@@ -180,8 +180,8 @@ class ShapleyTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if args.attribution_error_images and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
-                "`attribution_error_images` needs the whole model in one process, but FSDP and DeepSpeed ZeRO-3 divide "
-                "it: set it to 0, and measure the saved model with `attribution_error_certificate`."
+                "`attribution_error_images` needs the whole model in one process, but FSDP and DeepSpeed ZeRO-3 "
+                "divide it: set it to 0, and measure the saved model with `attribution_error_certificate`."
             )
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = defaultdict(int)
