@@ -71,6 +71,25 @@ def test_explain_draws_the_labels_asked_for(checkpoint, picture, tmp_path, capsy
     assert [row["label"] for row in json.loads(capsys.readouterr().out)] == ["kind 4"]
 
 
+def test_explain_says_how_far_maps_can_be_trusted(checkpoint, picture, tmp_path, capsys):
+    """With the pipeline's numbers, in the printed line, the JSON and the figure."""
+    output = tmp_path / "out.svg"
+    command = ["explain", picture, "--model", checkpoint, "-o", str(output), "--top-k", "1", "--check"]
+    assert main([*command, "--evaluations", "32"]) == 0
+    printed = capsys.readouterr().out
+    assert main([*command, "16", "--evaluations", "32", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    answer = pipeline("shapley-image-classification", model=checkpoint, device="cpu")
+    expected = answer(picture, top_k=1, check=16, evaluations=32)[0]
+    assert row["check"] == {
+        "error": pytest.approx(expected["check"]["error"]),
+        "verdict": expected["check"]["verdict"],
+    }
+    torch.testing.assert_close(torch.tensor(row["attributions"]), torch.tensor(expected["attributions"]))
+    assert f"check: {row['check']['verdict']} (error {row['check']['error']:.2f})" in printed
+    assert f"check: {row['check']['verdict']}" in output.read_text()
+
+
 HOSTILE = "cat\x1b[2J\x9b31m\n\u732b: score 1.0000"
 
 
@@ -214,6 +233,7 @@ def test_evaluate_says_whose_game_was_played(tmp_path, capsys):
         ({"output": "out.txt"}, "must end in"),
         ({"extra": ["--label", "dog"]}, "Unknown labels"),
         ({"extra": ["--top-k", "9"]}, "--top-k"),
+        ({"extra": ["--check", "1"]}, "`--check` must be 0 or a number of evaluations"),
         ({"model": "plain"}, "does not explain itself"),
         ({"model": "nowhere/at-all"}, "nowhere/at-all"),
     ],

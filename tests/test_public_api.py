@@ -77,7 +77,15 @@ INTERNAL = {
         "ShapleyConvNextModel",
     },
     "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
-    "pipeline_shapley": {"custom_pipelines", "label_scores", "pixel_values_of", "score_function"},
+    "pipeline_shapley": {
+        "asked_of_the_game",
+        "check_evaluations",
+        "check_in_words",
+        "custom_pipelines",
+        "label_scores",
+        "pixel_values_of",
+        "score_function",
+    },
     "visualization": {"check_enlargement"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}

@@ -125,7 +125,11 @@ def _metrics(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "type": re.sub(r"[^\w.-]", "_", name),
                 "name": name.replace("_", " ").capitalize(),
                 "value": value,
-                "better": "lower" if name.endswith("loss") else "higher" if name.endswith("accuracy") else None,
+                "better": "lower"
+                if name.endswith(("loss", "attribution_error"))
+                else "higher"
+                if name.endswith("accuracy")
+                else None,
                 "settings": {"after step": evaluation["step"]},
             }
         )
