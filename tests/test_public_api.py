@@ -57,7 +57,7 @@ INTERNAL = {
         "exact_estimate",
         "with_complements",
     },
-    "hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card", "with_limits"},
+    "hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card", "with_what_holds"},
     "images": {"is_array"},
     "interoperability": {"ImageGame"},
     "loading": {"ForeignCodeError", "ModelForPipeline"},

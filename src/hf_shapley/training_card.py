@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from .configuration_shapley import ShapleyConfigMixin
 from .heads import is_own_part
-from .hub import label_names, with_limits
+from .hub import label_names, with_what_holds
 from .model_card import ShapleyModelCardData, render_model_card
 
 # What a card tells of the recipe, next to the joint loss's own knobs.
@@ -58,7 +58,6 @@ def render_training_card(
     """
     results: dict[str, Any] = {
         "model_name": model_name,
-        "game": trainer.model.game_name,
         "license": license,
         "base_model": base_model or _base_model(trainer),
         "dataset": _dataset(trainer, dataset or {}),
@@ -66,7 +65,7 @@ def render_training_card(
         "metrics": _metrics(_last_evaluation(trainer)),
         "training": _recipe(trainer),
     }
-    results = with_limits(results, trainer.model)
+    results = with_what_holds(results, trainer.model)
     data = ShapleyModelCardData.from_results(results, language=language)
     adapters = getattr(trainer.model, "peft_config", None) or {}
     if adapters:
