@@ -514,8 +514,8 @@ class ShapleyImageClassifierMixin:
         Args:
             pixel_values: (B, C, H, W).
             labels: as for `explain`; None for the predicted label alone.
-            maps: (B, L, h, w), refined ones of these labels to judge in place of those of one pass. What refined them
-                must be other draws: give the same generator to both, or none.
+            maps: (B, L, h, w), refined ones of these labels, to judge in place of those of one pass. The draws that
+                refined them cannot judge them: pass `generator` on as `explain` left it, do not seed it again.
             evaluations: values of the game for each image, from 2 to 16,384.
             interpolate_pos_encoding: ViT: allow other image sizes than the config's.
             generator: source of randomness, on the CPU; None uses torch's global one.

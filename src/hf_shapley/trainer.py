@@ -95,8 +95,8 @@ class ShapleyTrainingArguments(TrainingArguments):
         default=0,
         metadata={
             "help": "Images of each evaluation data set, its first ones, to measure the attribution error on: "
-            "`eval_attribution_error`, and its 95 %% interval `eval_attribution_error_low` and `_high`, to be trusted "
-            "for 20 images or more. Each image costs two forwards for each of its patches. 0 leaves it out."
+            "`eval_attribution_error`, and its interval `eval_attribution_error_low` and `_high`, to be trusted for "
+            "20 images or more. Each image costs two forwards for each of its patches. 0 leaves it out."
         },
     )
 
