@@ -261,7 +261,7 @@ class ShapleyConfigMixin:
         return made
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, **options) -> PreTrainedConfig:
+    def of(cls, config: PreTrainedConfig, **options: Any) -> PreTrainedConfig:
         """A configuration of ours as it is, or a plain one of the same backbone as ours; with options, a copy.
 
         Args:
