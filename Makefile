@@ -41,11 +41,13 @@ TOOLS_test := pytest-xdist
 
 # .installed-EXTRA says that the package and this extra are installed as setup.cfg and constraints.txt want them.
 $(VENV)/.installed-%: setup.cfg constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt torch -e '.[$*]' $(TOOLS_$*)
+	$(BIN)/python -m pip install --no-compile -c constraints.txt torch -e '.[$*]' $(TOOLS_$*)
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # pip would compile on one core; a few files are for no Python
 	touch $@
 
+# Of as many images as keep it within four minutes; README's figures are of the command's own 32.
 demo: $(VENV)/.installed-plot
-	$(BIN)/hf-shapley demo
+	$(BIN)/hf-shapley demo --images 12
 
 test: $(VENV)/.installed-test
 	$(BIN)/python tests/browser.py

@@ -18,10 +18,12 @@ CARDS = Path(__file__).parent.parent / "model_cards"
 def main() -> None:
     """Write `model_cards/digits-BACKBONE.md` for each result file of the demo."""
     CARDS.mkdir(exist_ok=True)
-    for path in sorted(RESULTS.glob("demo_*.json")):
-        name = f"digits-{path.stem.removeprefix('demo_')}"
+    for backbone in ("convnext", "vit"):
+        path, name = RESULTS / f"demo_{backbone}.json", f"digits-{backbone}"
         source = f"benchmarks/results/{path.name}"
-        card = render_model_card(card_results(json.loads(path.read_text())), model_id=name, source=source)
+        results = card_results(json.loads(path.read_text()))
+        results["limits"].append("Measured with the attribution head as first built, with weights for each label.")
+        card = render_model_card(results, model_id=name, source=source)
         write_model_card(CARDS / f"{name}.md", card)
         print(f"wrote {name}.md")
 

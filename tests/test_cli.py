@@ -23,6 +23,7 @@ from hf_shapley import (
     ShapleyViTConfig,
     ShapleyViTForImageClassification,
     digits_dataset,
+    fine_tuning_recipe,
     insertion_deletion,
     render_model_card,
 )
@@ -68,6 +69,25 @@ def test_explain_draws_the_labels_asked_for(checkpoint, picture, tmp_path, capsy
     output = str(tmp_path / "out.png")
     assert main(["explain", picture, "--model", checkpoint, "-o", output, "--label", "kind 4", "--json"]) == 0
     assert [row["label"] for row in json.loads(capsys.readouterr().out)] == ["kind 4"]
+
+
+def test_explain_says_how_far_maps_can_be_trusted(checkpoint, picture, tmp_path, capsys):
+    """With the pipeline's numbers, in the printed line, the JSON and the figure."""
+    output = tmp_path / "out.svg"
+    command = ["explain", picture, "--model", checkpoint, "-o", str(output), "--top-k", "1", "--check"]
+    assert main([*command, "--evaluations", "32"]) == 0
+    printed = capsys.readouterr().out
+    assert main([*command, "16", "--evaluations", "32", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    answer = pipeline("shapley-image-classification", model=checkpoint, device="cpu")
+    expected = answer(picture, top_k=1, check=16, evaluations=32)[0]
+    assert row["check"] == {
+        "error": pytest.approx(expected["check"]["error"]),
+        "verdict": expected["check"]["verdict"],
+    }
+    torch.testing.assert_close(torch.tensor(row["attributions"]), torch.tensor(expected["attributions"]))
+    assert f"check: {row['check']['verdict']} (error {row['check']['error']:.2f})" in printed
+    assert f"check: {row['check']['verdict']}" in output.read_text()
 
 
 HOSTILE = "cat\x1b[2J\x9b31m\n\u732b: score 1.0000"
@@ -192,6 +212,18 @@ def test_evaluate_follows_the_scores_of_the_model(options, link, tmp_path, capsy
     assert results["methods"]["model"]["insertion_auc"] == pytest.approx(curves.insertion_auc.mean().item(), abs=1e-4)
 
 
+def test_evaluate_says_whose_game_was_played(tmp_path, capsys):
+    """In its text and in its JSON, and so on the card; and that the certificate is about images like these."""
+    folder, out = str(tmp_path / "model"), tmp_path / "out.json"
+    make_model("vit", **fine_tuning_recipe(game="adapted")[0]).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
+    assert main(["evaluate", "--model", folder, "--images", "2", "--budget", "64", "-o", str(out)]) == 0
+    printed, game = capsys.readouterr().out, "the classifier with adapters for masked images, absent patches dropped"
+    assert printed.startswith(f"Game: {game}.") and "nothing of images unlike these" in printed
+    assert json.loads(out.read_text())["game"] == game
+    assert f"Whose game it is: {game}." in render_model_card(json.loads(out.read_text()), model_id="user/model")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -201,6 +233,7 @@ def test_evaluate_follows_the_scores_of_the_model(options, link, tmp_path, capsy
         ({"output": "out.txt"}, "must end in"),
         ({"extra": ["--label", "dog"]}, "Unknown labels"),
         ({"extra": ["--top-k", "9"]}, "--top-k"),
+        ({"extra": ["--check", "1"]}, "`--check` must be 0 or a number of evaluations"),
         ({"model": "plain"}, "does not explain itself"),
         ({"model": "nowhere/at-all"}, "nowhere/at-all"),
     ],
@@ -242,6 +275,7 @@ def test_the_demo_ends_with_a_model_results_figure_and_report(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == results
     model = AutoModelForImageClassification.from_pretrained(output / "model")
     assert model.config.label2id["7"] == 7
+    assert f"Whose game it is: {model.game_name}." in (output / "model" / "README.md").read_text(encoding="utf-8")
     assert picture_width(output / "attributions.png") > 500
     report = (output / "report.html").read_text()
     assert "data:image/png;base64," in report and f"{results['shapley_correlation']:.4f}" in report
@@ -279,6 +313,7 @@ def test_train_then_evaluate_on_digits(tmp_path, capsys):
     assert main(["evaluate", "--model", model, "--images", "2", "--budget", "64", "-o", str(out), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
+    assert printed["game"] == "the classifier's own, absent patches dropped"
     assert printed["methods"]["model"]["efficiency_gap"] < 1e-5
     assert printed["command"].startswith("hf-shapley evaluate --model model --split test --images 2")
     assert str(tmp_path) not in render_model_card(printed, model_id="user/model")

@@ -64,6 +64,20 @@ def train(folder: Path, backbone: str, accumulation: int, processes: int, **opti
     return trainer
 
 
+def attribution_error(folder: Path) -> dict[str, float]:
+    """What an evaluation says of it."""
+    args = ShapleyTrainingArguments(
+        str(folder),
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        attribution_error_images=3,
+    )
+    metrics = ShapleyTrainer(make_model("vit"), args, eval_dataset=images(10)).evaluate()
+    return {name: value for name, value in metrics.items() if "attribution_error" in name}
+
+
 def joint_loss(model) -> torch.Tensor:
     """Something that every output and parameter takes part in."""
     examples = images(4)
@@ -105,6 +119,14 @@ def test_two_processes_train_as_one_on_the_same_global_batch(backbone, accumulat
     assert any((tensor - start[name]).abs().max() > 1e-3 for name, tensor in found.items())
 
 
+def test_two_processes_measure_the_attribution_error_of_one(two_processes, tmp_path):
+    """The first images of the whole data set, by one process; both know the number and end alike."""
+    expected = attribution_error(tmp_path)
+    assert expected["eval_attribution_error"] > 0
+    for rank in range(2):
+        assert json.loads((two_processes / f"error-{rank}.json").read_text()) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("backbone", SHARDED)
 def test_shards_of_parameters_have_the_gradient_of_whole_ones(backbone, two_processes):
     found = torch.load(two_processes / f"sharded-{backbone}.pt")
@@ -132,6 +154,7 @@ def work(folder: Path) -> None:
             name = f"{backbone}-{accumulation}-{every}"
             torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), folder / f"{name}.pt")
             (folder / f"{name}.json").write_text(json.dumps(logged(trainer)))
+    (folder / f"error-{rank}.json").write_text(json.dumps(attribution_error(folder / "trainer")))
     data = picture_dataset()
     for kind, dataset in {"memory": data, "stream": data.to_iterable_dataset()}.items():
         result = run_explain(folder / kind, dataset)

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from hf_shapley import ShapleyTrainingArguments, ShapleyViTConfig
 from hf_shapley.cli import _parser
+from hf_shapley.digits import digits_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists()]
@@ -46,7 +47,8 @@ def names(paths):
 
 
 COMMANDS = next(action.choices for action in _parser()._actions if action.dest == "command")
-RUNNABLE = [path for path in PAGES if any(blocks(path, run=True))]
+README = ROOT / "README.md"
+RUNNABLE = [path for path in PAGES if path != README and any(blocks(path, run=True))]
 COMPILED = [path for path in PAGES if any(blocks(path, run=False))]
 
 
@@ -58,11 +60,30 @@ def test_code_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         if any(f"import {package}" in code or f"from {package}." in code for code in blocks(path, run=True)):
             optional(package)
     monkeypatch.chdir(tmp_path)
+    run(path, TINY)
+
+
+def run(path, settings):
+    """Run a page's code, each block after the one before, with other settings."""
     namespace = {"__name__": "page"}
     for code in blocks(path, run=True):
-        for pattern, replacement in TINY.items():
+        for pattern, replacement in settings.items():
             code = re.sub(pattern, replacement, code)
         exec(compile(code, path, "exec"), namespace)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_readmes_example_answers_with_the_right_name(tmp_path, monkeypatch, capsys):
+    """The picture, of which the page says what it shows, is called so, after a fifth of the page's epochs already."""
+    monkeypatch.chdir(tmp_path)
+    run(README, {r"num_train_epochs=20": "num_train_epochs=4"})
+    printed = capsys.readouterr().out
+    said = re.search(
+        r'explain\(data\["test"\]\[(\d+)\]\["image"\], top_k=2\):  # an? (\d)', README.read_text(encoding="utf-8")
+    )
+    assert digits_dataset()["test"][int(said[1])]["label"] == int(said[2])
+    answers = re.findall(r"^(\w+) 0\.\d+ \[\[", printed, re.MULTILINE)
+    assert answers[0] == said[2] and len(answers) == 2
 
 
 @pytest.mark.parametrize("path", COMPILED, ids=names(COMPILED))

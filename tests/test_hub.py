@@ -155,6 +155,7 @@ def test_a_pushed_model_has_a_card(pushed, hub):
     assert card.data.pipeline_tag == "image-classification"
     assert "hf_shapley" in card.data.tags
     assert "cat, dog" in card.text
+    assert "Whose game it is: the classifier's own" in card.text
     assert "tester/vit" in card.text
 
 

@@ -34,6 +34,7 @@ def results():
     return {
         "model_name": "shapley-vit-tiny-cifar10",
         "summary": "Tells ten kinds of things apart.",
+        "game": "the classifier's own, absent patches dropped",
         "license": "apache-2.0",
         "base_model": "google/vit-base-patch16-224",
         "dataset": {"name": "CIFAR-10", "id": "uoft-cs/cifar10", "split": "test", "revision": "0b2714987fa478483af9"},
@@ -247,6 +248,15 @@ def test_tables_of_one_group_are_one_table(results):
     html = rendered_html(render_model_card(results, model_id="user/model"))
     assert html.count("<table>") == 2
     assert html.count("<tr>") == 2 + 3
+
+
+def test_a_card_says_whose_game_is_explained(results):
+    """And keeps it; without that entry it claims nothing of it."""
+    card = render_model_card(results, model_id="user/model")
+    assert "Whose game it is: the classifier's own, absent patches dropped." in card
+    assert results_of_card(card)["game"] == results["game"]
+    del results["game"]
+    assert "Whose game" not in render_model_card(results, model_id="user/model")
 
 
 def test_a_model_that_was_not_evaluated_gets_a_card_that_says_so():

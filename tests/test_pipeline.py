@@ -14,6 +14,7 @@ import torch
 from conftest import make_model
 from datasets import Dataset
 from PIL import Image
+from test_refinement import additive_model
 from transformers import (
     AutoImageProcessor,
     ConvNextImageProcessorPil,
@@ -67,6 +68,48 @@ def expected(classifier):
 
 
 # ---- what it gives
+
+
+def test_exact_maps_are_good_and_wrong_ones_are_not():
+    """Where patches do not mix, votes are the exact Shapley values; a head of random weights knows nothing of them."""
+
+    def verdicts(model, **options):
+        classifier = ShapleyImageClassificationPipeline(model=model, image_processor=PROCESSOR, device="cpu")
+        return [entry["check"]["verdict"] for entries in classifier(pictures(), **options) for entry in entries]
+
+    model = additive_model()
+    assert verdicts(model, check=16) == ["good"] * 15
+    assert verdicts(make_model("vit", attribution_head="votes+influence"), check=64, top_k=1) == ["do not trust"] * 3
+    right = model._attributions
+    model._attributions = lambda *args: -right(*args)
+    assert verdicts(model, check=64, top_k=1) == ["do not trust"] * 3
+    # What is judged is what is shown: refined maps are exact again, whatever they began with.
+    assert verdicts(model, check=64, top_k=1, evaluations=64) == ["good"] * 3
+
+
+def test_a_check_is_the_models_own(vit, classifier):
+    """The same error for a picture alone, in a batch, and from the model itself with that seed."""
+    generator = torch.Generator().manual_seed(7)
+    pixel_values = PROCESSOR(images=pictures()[1], return_tensors="pt")["pixel_values"]
+    expected = vit.check_explanation(pixel_values, ["cat", "ant"], generator=generator)[0]
+    options = {"labels": ["cat", "ant"], "check": 16, "seed": 7}
+    alone = {entry["label"]: entry["check"]["error"] for entry in classifier(pictures()[1], **options)}
+    assert alone == dict(zip(["cat", "ant"], expected.tolist(), strict=True))
+    batched = classifier(pictures(), batch_size=3, **options)[1]
+    assert {entry["label"]: entry["check"]["error"] for entry in batched} == pytest.approx(alone, rel=1e-4)
+    assert "check" not in classifier(pictures()[1])[0]
+    assert "check" not in classifier(pictures()[1], check=0)[0]
+
+
+def test_evaluations_refine_the_maps(vit, classifier):
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = PROCESSOR(images=pictures()[0], return_tensors="pt")["pixel_values"]
+    entries = classifier(pictures()[0], top_k=2, evaluations=64)
+    labels = [entry["label"] for entry in entries]
+    expected = vit.explain(pixel_values, labels, evaluations=64, generator=generator)[0]
+    for entry, one in zip(entries, expected, strict=True):
+        np.testing.assert_allclose(entry["attributions"], one, atol=1e-5)
+        assert entry["base_value"] + entry["attributions"].sum() == pytest.approx(entry["logit"], abs=1e-4)
 
 
 def test_entries_hold_what_the_model_gives(model, backbone):
@@ -441,6 +484,11 @@ def test_an_answer_that_is_not_finite_is_refused():
 @pytest.mark.parametrize(
     "option, message",
     [
+        ({"check": True}, "`check` must be 0 or a number of evaluations from 2 to 16384, got True"),
+        ({"check": 16.0}, "`check` must be"),
+        ({"evaluations": 1}, "`evaluations` must be"),
+        ({"evaluations": 20_000}, "`evaluations` must be"),
+        ({"seed": -1}, "`seed` must be"),
         ({"top_k": 0}, "`top_k` must be"),
         ({"top_k": "all"}, "`top_k` must be"),
         ({"labels": ["cow"]}, "got 'cow'"),

@@ -57,7 +57,7 @@ INTERNAL = {
         "exact_estimate",
         "with_complements",
     },
-    "hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card", "with_limits"},
+    "hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card", "with_what_holds"},
     "images": {"is_array"},
     "interoperability": {"ImageGame"},
     "loading": {"ForeignCodeError", "ModelForPipeline"},
@@ -77,7 +77,15 @@ INTERNAL = {
         "ShapleyConvNextModel",
     },
     "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
-    "pipeline_shapley": {"custom_pipelines", "label_scores", "pixel_values_of", "score_function"},
+    "pipeline_shapley": {
+        "asked_of_the_game",
+        "check_evaluations",
+        "check_in_words",
+        "custom_pipelines",
+        "label_scores",
+        "pixel_values_of",
+        "score_function",
+    },
     "visualization": {"check_enlargement"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}

@@ -6,7 +6,7 @@ from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_shapley import enumerate_coalitions, exact_shapley, kernel_shapley, refine
+from hf_shapley import enumerate_coalitions, exact_shapley, kernel_shapley, refine, verdict
 from hf_shapley.posterior import _Process, shapley_posterior
 
 
@@ -183,3 +183,24 @@ def test_the_check_states_the_error_there_is():
         start = start + (exact - start).mean(0)
         true.append(((start - exact).square().mean(0) / exact.var(0, correction=0)).mean())
     assert 0.6 < torch.stack(stated).mean() / torch.stack(true).mean() < 1.6
+
+
+def test_refined_maps_are_judged_as_they_are(pixel_values):
+    """The check takes the maps that it is given: exact ones pass, those of the patch beside do not."""
+    model, labels = additive_model(), torch.tensor([[0, 1], [2, 3], [4, 0]])
+    exact = model.explain(pixel_values, labels)
+    for maps, holds in [(exact, lambda error: error < 0.1), (exact.roll(1, dims=-1), lambda error: error > 0.3)]:
+        generator = torch.Generator().manual_seed(0)
+        errors = model.check_explanation(pixel_values, labels, maps=maps, generator=generator)
+        assert errors.shape == (3, 2) and holds(errors).all()
+    with pytest.raises(ValueError, match=r"`maps` must be of shape \(3, 1, 4, 6\)"):
+        model.check_explanation(pixel_values, maps=exact)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(-0.1, "good"), (0.35, "good"), (0.351, "rough"), (0.65, "rough"), (1.0, "do not trust"), (10.0, "do not trust")],
+)
+def test_verdicts_follow_the_error(error, words):
+    assert verdict(error) == words
+    assert verdict(torch.tensor(float("nan"))) == "do not trust"

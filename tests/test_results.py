@@ -2,6 +2,7 @@
 
 import json
 import re
+from ast import literal_eval
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -56,7 +57,7 @@ def cost_rows() -> list[str]:
     rows = []
     training = ("vit-tiny", "convnext-tiny")
     for name, variant, title in (
-        ("training_cost_fine_tuning", "fine_tuning_recipe", "step with `fine_tuning_recipe`"),
+        ("training_cost_fine_tuning", "fine_tuning_recipe", 'step with `fine_tuning_recipe(game="adapted")`'),
         ("training_cost_fine_tuning_memory_kept", "fine_tuning_recipe", "the same, memory kept"),
         ("training_cost_fine_tuning", "fine_tuning_recipe, frozen", "step with it, the classifier frozen"),
         ("training_cost_fine_tuning_memory_kept", "fine_tuning_recipe, frozen", "the same, memory kept"),
@@ -109,7 +110,7 @@ def test_the_table_of_a_gpu_is_that_of_its_result_file():
     tables = [models[shape]["eager"] for shape in ("vit-base", "convnext-tiny")]
     rows = {
         "step with every default": "joint step",
-        "step with `fine_tuning_recipe`": "recommended step",
+        'step with `fine_tuning_recipe(game="adapted")`': "recommended step",
         "the same, the classifier frozen": "recommended step, frozen",
         "step of an explainer that learns from 32 masked copies of each image": "step with masked copies",
         "forward that explains all of 1,000 labels": "explained forward",
@@ -144,7 +145,7 @@ def test_what_compiling_and_large_batches_do_on_a_gpu_is_in_result_files():
         " ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in ("README.md", "docs/finetune.md")
     )
     recommended = f"{compiled[1]['wall_ms']:.1f} ms instead of {eager[1]['wall_ms']:.1f}"
-    assert f"ViT-B/16's recommended step takes {recommended}" in page
+    assert f"ViT-B/16's step with it takes {recommended}" in page
     assert f"ViT-B/16's step at batch 128 takes {recommended}" in guide
     assert f"the plain one {compiled[0]['wall_ms']:.1f} instead of {eager[0]['wall_ms']:.1f}" in page
     assert f"{compiled[1]['wall_ratio']:.2f} compiled plain steps" in page
@@ -267,6 +268,13 @@ def test_the_recipe_page_quotes_its_tables():
     assert len(quoted) > 20 and set(quoted) <= measured
 
 
+def error_without_pairs(found: dict, evaluations: int) -> float:
+    """Error of unpaired KernelSHAP over that of paired, whose noise falls as its evaluations, 16,384 for the truth."""
+    assert "--truth-budget 16384" in found["command"]
+    paired = found["noise_of_ground_truth"] * 16_384 / evaluations
+    return found["methods"][f"KernelSHAP {evaluations}"]["error_ratio"] / paired
+
+
 @pytest.mark.parametrize(
     ("name", "title"),
     [
@@ -295,6 +303,8 @@ def test_the_comparison_on_cifar10_is_that_of_its_result_file(name, title):
     if equivalent is None:
         errors = (found["methods"][name]["error_ratio"] for name in (f"KernelSHAP {most}", "ours, one pass"))
         assert "there its error is {:.3f}, ours {:.3f}".format(*errors) in " ".join(section.split())
+        fewer = error_without_pairs(found, most)
+        assert f"about {fewer:.0f} times fewer than the unpaired one" in " ".join(page.split())
     assert f"{found['noise_of_ground_truth']:.1e} of the variance" in " ".join(section.split())
     assert f"{found['images']} test images" in page
     gain = found["insertion_minus_deletion_gain_over_it"]
@@ -340,7 +350,7 @@ def runs_of(folders: str, recipe: str, backbone: str) -> list[tuple[dict, dict]]
 
 CIFAR10 = (
     ("ViT, from scratch on 5,000 images", "vit_5000_images_from_scratch", "influence-votes_1-values_1"),
-    ("ViT, `fine_tuning_recipe`, 8 epochs", "vit_fine_tuned_8_epochs*", "with_adapters-spread_sizes"),
+    ('ViT, `fine_tuning_recipe(game="adapted")`, 8 epochs', "vit_fine_tuned_8_epochs*", "with_adapters-spread_sizes"),
     (
         "ViT, 4 epochs of `refinement_recipe` after these",
         "vit_fine_tuned_8_epochs*",
@@ -367,7 +377,7 @@ CIFAR10 = (
         "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone",
     ),
     (
-        "ConvNeXt, `fine_tuning_recipe`, 8 epochs",
+        'ConvNeXt, `fine_tuning_recipe(game="adapted")`, 8 epochs',
         "convnext_fine_tuned_8_epochs",
         "with_adapters-convolutions-spread_sizes",
     ),
@@ -457,3 +467,40 @@ def test_what_spread_sizes_save_is_that_of_the_result_file():
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
+
+
+OURS, ADAPTED = "the classifier's own", "the game with adapters"
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "games"),
+    [
+        ("README.md", "| | accuracy, joint |", [OURS]),
+        ("README.md", "| | ViT | ConvNeXt |\n|---|---|---|\n| step with `fine_tuning_recipe(game", [ADAPTED]),
+        ("README.md", "| | ViT | ConvNeXt |\n|---|---|---|\n| step with every default", [ADAPTED]),
+        ("README.md", "| | seeds |", [ADAPTED]),
+        ("docs/recipe.md", "## A checkpoint", [OURS, ADAPTED]),
+        ("docs/faithfulness.md", "### From scratch", ["its own", "the classifier's with adapters"]),
+    ],
+)
+def test_figures_say_which_head_and_game_were_measured(name, table, games):
+    """Until they are measured again: the head as first built, and whose game, in the paragraphs before the table."""
+    page = (ROOT / name).read_text(encoding="utf-8")
+    before = " ".join(" ".join(page[: page.index(table)].split("\n\n")[-3:]).split())
+    assert re.search(r"with the (attribution )?head as first built", before)
+    assert all(game in before for game in games)
+
+
+@pytest.mark.parametrize(
+    ("heading", "game"), [("## A checkpoint: its own game", "own"), ("## Another game: adapters", "adapted")]
+)
+def test_the_settings_that_the_recipe_page_names_are_the_recipes(heading, game):
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    section = page[page.index(heading) :].split("\n## ")[0].split("\n**")[0]
+    named = re.findall(r"\(`.*?`\)", section, flags=re.DOTALL)
+    named = [pair for text in named for pair in re.findall(r"`(\w+)=([^`]+)`", text)]
+    recipes = [fine_tuning_recipe(5e-4, backbone, game) for backbone in ("vit", "convnext")]
+    options = [{**model, **training} for model, training in recipes]
+    assert len(named) >= 4
+    for name, value in named:
+        assert any(option.get(name) == literal_eval(value) for option in options), name

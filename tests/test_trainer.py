@@ -1,9 +1,11 @@
 import json
+import math
 import warnings
 
 import pytest
 import torch
 from conftest import make_model
+from test_refinement import additive_model
 from torch.nn import functional as F
 from transformers import (
     HfArgumentParser,
@@ -19,6 +21,7 @@ from hf_shapley import (
     ShapleyTrainer,
     ShapleyTrainingArguments,
     coalitions_to_ids,
+    exact_shapley,
     fine_tuning_recipe,
     importance_weights,
     paired_residual_loss,
@@ -370,6 +373,79 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     losses = logged(trainer, "eval_loss")
     assert min(losses[:-1]) < losses[-1]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def measured(trainer) -> dict[str, float]:
+    """What an evaluation says of the attribution error."""
+    return {name: value for name, value in trainer.evaluate().items() if "attribution_error" in name}
+
+
+def test_the_attribution_error_of_the_first_images_is_evaluated(tmp_path):
+    """4 players: all 16 coalitions are asked, so it is the enumerated error over the variance, of predicted labels."""
+    model = make_model("vit", image_size=(8, 8))
+    rows = [{**row, "pixel_values": row["pixel_values"][:, :8, :8]} for row in images(6)]
+    trainer = make_trainer(tmp_path, model, attribution_error_images=4, per_device_eval_batch_size=3)
+    trainer.eval_dataset = rows
+    pixels = batch_of(rows)["pixel_values"][:4]
+    with torch.no_grad():
+        outputs = model(pixels, attributed=1)
+    errors, variances = [], []
+    for x, label, found in zip(pixels, outputs.attributed_labels, outputs.attributions, strict=True):
+        exact = exact_shapley(lambda c, x=x: model.coalition_values(x[None], c[None])[0], num_players=4)[:, label]
+        errors.append((exact - found).square().mean())
+        variances.append(exact.var(correction=0))
+    expected = (sum(errors) / sum(variances)).item()
+    found = measured(trainer)
+    assert found["eval_attribution_error"] == pytest.approx(expected, rel=1e-3)
+    assert found["eval_attribution_error_low"] < expected < found["eval_attribution_error_high"]
+    assert "test_attribution_error" not in trainer.predict(rows).metrics
+
+
+def test_the_evaluated_attribution_error_leaves_no_trace(tmp_path):
+    """It is 0 for an additive game, the same each time, and draws nothing from the global generator."""
+    states, model = [], additive_model()
+    for count in (0, 3):
+        trainer = make_trainer(tmp_path, model, attribution_error_images=count)
+        torch.manual_seed(0)
+        found = measured(trainer)
+        states.append(torch.get_rng_state())
+        assert len(found) == count and all(abs(value) < 1e-6 for value in found.values())
+    assert measured(trainer) == found
+    assert torch.equal(states[0], states[1])
+
+
+def test_the_least_attribution_error_is_the_best_model(tmp_path):
+    """The stock rule, greater is better, would choose the worst."""
+    trainer = make_trainer(
+        tmp_path,
+        num_train_epochs=3,
+        learning_rate=0.05,
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="attribution_error",
+        attribution_error_images=4,
+    )
+    trainer.train()
+    errors = logged(trainer, "eval_attribution_error")
+    assert len(set(errors)) == 3
+    assert trainer.state.best_metric == min(errors)
+    assert measured(trainer)["eval_attribution_error"] == pytest.approx(min(errors), rel=1e-4)
+
+
+def test_an_error_that_cannot_be_measured_ends_no_training(tmp_path, caplog):
+    """A model that sees nothing has Shapley values without variance: the log says so, and the number is none."""
+    model = make_model("vit")
+    torch.nn.init.zeros_(model.classifier.weight)
+    found = measured(make_trainer(tmp_path, model, attribution_error_images=3))
+    assert len(found) == 3 and all(math.isnan(value) for value in found.values())
+    assert "The attribution error could not be measured: The variance of the Shapley values" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"attribution_error_images": 1}, {"metric_for_best_model": "attribution_error"}])
+def test_too_few_images_for_the_error_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="`attribution_error_images` must be at least 2"):
+        ShapleyTrainingArguments(str(tmp_path), **options)
 
 
 def test_resuming_from_another_models_checkpoint_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
 from hf_shapley.attribution_head import UNTRAINED
 from hf_shapley.heads import ZeroLinear
-from hf_shapley.hub import with_limits
+from hf_shapley.hub import with_what_holds
 from hf_shapley.training_card import _last_evaluation, _metrics
 
 ROWS = [{"pixel_values": torch.full((3, 16, 24), float(row)), "labels": torch.tensor(row)} for row in range(4)]
@@ -75,11 +75,11 @@ def test_the_card_says_whether_attributions_were_trained(trained, tmp_path):
 def test_a_pushed_card_says_that_attributions_were_not_trained():
     results = {"model_name": "new", "limits": ["Small."]}
     model = make_model("vit", attribution_head="votes+influence")
-    assert with_limits(results, model) == results
+    assert with_what_holds(results, model) == {**results, "game": model.game_name}
     for module in model.attribution_head.modules():
         if isinstance(module, ZeroLinear):
             torch.nn.init.zeros_(module.weight)
-    assert with_limits(results, model)["limits"] == ["Small.", UNTRAINED] and results["limits"] == ["Small."]
+    assert with_what_holds(results, model)["limits"] == ["Small.", UNTRAINED] and results["limits"] == ["Small."]
 
 
 def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
@@ -87,6 +87,14 @@ def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
     trainer.model.freeze_classifier()
     trainer.create_model_card()
     assert "coalition adapter size: 4, classifier: frozen" in card_in(tmp_path).text
+
+
+@pytest.mark.parametrize("game", ["own", "adapted"])
+def test_the_training_card_says_whose_game_it_is(game, tmp_path):
+    trainer = make_trainer(tmp_path, model=fine_tuning_recipe(game=game)[0])
+    trainer.create_model_card()
+    whose = {"own": "the classifier's own", "adapted": "the classifier with adapters for masked images"}[game]
+    assert f"Whose game it is: {whose}, absent patches dropped." in card_in(tmp_path).text
 
 
 def test_the_card_names_every_option_of_the_head_that_was_set(tmp_path):

@@ -1,4 +1,4 @@
-"""Image classifiers that explain themselves: logits and every patch's Shapley value from one forward pass."""
+"""Image classifiers that explain themselves: logits and estimates of every patch's Shapley value from one forward."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,7 @@ from .model_card import ShapleyModelCard, ShapleyModelCardData, render_model_car
 from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .modeling_shapley_vit import ShapleyViTForImageClassification
 from .pipeline_shapley import TASK, ShapleyImageClassificationPipeline
+from .posterior import verdict
 from .recipes import fine_tuning_recipe, refinement_recipe
 from .refinement import refine
 from .version import __version__
@@ -180,6 +181,7 @@ __all__ = [
     "to_shap_explanation",
     "train_digits_model",
     "upsample_attributions",
+    "verdict",
     "write_model_card",
 ]
 

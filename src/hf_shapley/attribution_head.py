@@ -506,6 +506,7 @@ class ShapleyImageClassifierMixin:
         pixel_values: Tensor,
         labels: Sequence[int | str] | Tensor | None = None,
         *,
+        maps: Tensor | None = None,
         evaluations: int = 16,
         interpolate_pos_encoding: bool | None = None,
         generator: torch.Generator | None = None,
@@ -518,6 +519,8 @@ class ShapleyImageClassifierMixin:
         Args:
             pixel_values: (B, C, H, W).
             labels: as for `explain`; None for the predicted label alone.
+            maps: (B, L, h, w), refined ones of these labels, to judge in place of those of one pass. The draws that
+                refined them cannot judge them: pass `generator` on as `explain` left it, do not seed it again.
             evaluations: values of the game for each image, from 2 to 16,384.
             interpolate_pos_encoding: ViT: allow other image sizes than the config's.
             generator: source of randomness, on the CPU; None uses torch's global one.
@@ -526,15 +529,21 @@ class ShapleyImageClassifierMixin:
             (B, L) float32: expected squared error over the expected variance of the exact values over the patches.
             0 is exact; 1 is no better than a map that gives every patch the same.
         """
-        self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
+        grid = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
         check_count(evaluations, "evaluations", 2)
         with _evaluating(self):
             outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         self._check_answers(outputs)
-        asked = self._ask(pixel_values, outputs.attributions, None, evaluations, interpolate_pos_encoding, generator)
-        ratios = torch.stack([found.error_ratios for found in asked]).to(outputs.attributions)  # (B, K)
-        chosen = outputs.logits.argmax(-1, keepdim=True) if labels is None else self._label_ids(labels, len(ratios))
-        return ratios.gather(1, chosen)
+        chosen = outputs.logits.argmax(-1, keepdim=True)
+        if labels is not None:
+            chosen = self._label_ids(labels, len(pixel_values))
+        judged, judged_labels = outputs.attributions, None  # of all labels, which are wrong alike
+        if maps is not None:
+            check_floats(maps, "maps", (*chosen.shape, *grid), "give those that `explain` gives for these labels")
+            judged, judged_labels = maps.flatten(2).transpose(1, 2), chosen
+        asked = self._ask(pixel_values, judged, judged_labels, evaluations, interpolate_pos_encoding, generator)
+        ratios = torch.stack([found.error_ratios for found in asked]).to(judged)  # (B, K or L)
+        return ratios.gather(1, chosen) if maps is None else ratios
 
     def _ask(
         self,

@@ -65,7 +65,8 @@ def attribution_error_certificate(
     Per image, from an unbiased estimate u of phi* with standard errors s: error e = mean (u - phi)^2 - s^2, variance
     w = mean(u^2 - s^2) - mean(u)^2 (the mean is exact: Shapley values add up). Over images, R = sum e / sum w. The
     interval is for images drawn from a population: Student t with B - 1 degrees of freedom on the linearised ratio
-    (e - R w) / mean(w), which also holds the noise of the sampling. Trust it for 20 images or more.
+    (e - R w) / mean(w), which also holds the noise of the sampling. It says nothing of images unlike them,
+    and is to be trusted for 20 images or more.
 
     Args:
         games: one game per image, bool (M, N) -> float (M, K); may be lazy, each is used once and in order.

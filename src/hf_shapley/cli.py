@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -137,18 +137,34 @@ def _add_explain(commands) -> None:
     explain.add_argument("-o", "--output", required=True, help="picture to write (.png, .jpg, .svg or .pdf)")
     explain.add_argument("--top-k", type=int, default=2, help="how many of the likeliest labels to draw")
     explain.add_argument("--label", action="append", help="name or id of a label to draw instead (may be repeated)")
+    explain.add_argument(
+        "--check",
+        type=int,
+        nargs="?",
+        const=16,
+        default=0,
+        metavar="N",
+        help="say how far each map can be trusted, by N evaluations of the model under missing patches; 16 where no N "
+        "is given",
+    )
+    explain.add_argument(
+        "--evaluations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="evaluations of the model under missing patches that bring the maps nearer to the exact Shapley values",
+    )
     explain.add_argument("--json", action="store_true", help="print labels, logits and attributions as JSON")
 
 
 def _explain(options: argparse.Namespace) -> None:
-    import torch
-
     from .images import load_image
-    from .pipeline_shapley import label_scores, pixel_values_of, score_function
+    from .pipeline_shapley import check_evaluations, pixel_values_of, score_function
     from .visualization import attribution_figure, processor_geometry
 
     if Path(options.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         raise ValueError(f"`--output` must end in .png, .jpg, .svg or .pdf, got {options.output!r}.")
+    asked = {name: check_evaluations(getattr(options, name), f"--{name}") for name in ("check", "evaluations")}
     image = load_image(options.image)
     model, processor = _load(options.model)
     pixels = pixel_values_of(image, processor, model.config)
@@ -156,26 +172,13 @@ def _explain(options: argparse.Namespace) -> None:
     if not 1 <= options.top_k <= num_labels:
         raise ValueError(f"`--top-k` must lie in [1, {num_labels}], got {options.top_k}.")
     chosen = [_label(label, model.config.id2label) for label in options.label or ()]
-    with torch.no_grad():
-        outputs = model(pixels, attributed=chosen or options.top_k)
-    model._check_answers(outputs)
-    logits, ids = outputs.logits[0], outputs.attributed_labels[0].tolist()
-    scores = label_scores(logits, model.config)
-    labels = [model.config.id2label[index] for index in ids]
-    maps = outputs.attributions[0].T.unflatten(1, model.grid_size(*pixels.shape[-2:]))  # (labels, h, w)
-    answer = [
-        {
-            "label": label,
-            "score": scores[index].item(),
-            "logit": logits[index].item(),
-            "base_value": outputs.base_values[index].item(),
-            "attributions": values.tolist(),
-        }
-        for label, index, values in zip(labels, ids, maps, strict=True)
-    ]
+    answer, maps = _answer(model, pixels, chosen or options.top_k, asked)
     # What a regression gives is no probability.
     form = ".3f" if score_function(model.config) == "none" else ".1%"
-    titles = [f"{row['label']} ({row['score']:{form}})" for row in answer]
+    titles = [
+        f"{row['label']} ({row['score']:{form}})" + (f"\ncheck: {row['check']['verdict']}" if "check" in row else "")
+        for row in answer
+    ]
     figure = attribution_figure(image, maps, titles, box=processor_geometry(processor, image.size))
     with whole_file(options.output) as draft:
         figure.savefig(draft)
@@ -183,8 +186,45 @@ def _explain(options: argparse.Namespace) -> None:
         say(json.dumps(answer))
     else:
         for row in answer:
-            label = " ".join(str(row["label"]).split())  # a name of two lines could be taken for two labels
-            say(f"{label}: score {row['score']:.4f}, logit {row['logit']:.3f}")
+            say(_line(row))
+
+
+def _answer(model, pixels, labels, asked: dict[str, int]) -> tuple[list[dict], Any]:
+    """What a model says of one picture, a row for each label asked for, and their maps (labels, h, w)."""
+    import torch
+
+    from .pipeline_shapley import asked_of_the_game, check_in_words, label_scores
+
+    with torch.no_grad():
+        outputs = model(pixels, attributed=labels)
+    model._check_answers(outputs)
+    logits, ids = outputs.logits[0], outputs.attributed_labels
+    maps = outputs.attributions.transpose(1, 2).unflatten(-1, model.grid_size(*pixels.shape[-2:]))
+    maps, errors = asked_of_the_game(model, pixels, maps, ids, **asked)
+    scores = label_scores(logits, model.config)
+    answer = [
+        {
+            "label": model.config.id2label[index],
+            "score": scores[index].item(),
+            "logit": logits[index].item(),
+            "base_value": outputs.base_values[index].item(),
+            "attributions": values.tolist(),
+        }
+        for index, values in zip(ids[0].tolist(), maps[0], strict=True)
+    ]
+    if errors is not None:
+        for row, error in zip(answer, errors[0].tolist(), strict=True):
+            row["check"] = check_in_words(error)
+    return answer, maps[0]
+
+
+def _line(row: dict) -> str:
+    """A row of the answer as it is printed."""
+    label = " ".join(str(row["label"]).split())  # a name of two lines could be taken for two labels
+    said = f"{label}: score {row['score']:.4f}, logit {row['logit']:.3f}"
+    if "check" in row:
+        said += f", check: {row['check']['verdict']} (error {row['check']['error']:.2f})"
+    return said
 
 
 def _label(text: str, id2label):

@@ -39,8 +39,9 @@ class ShapleyConfigMixin:
     """Options shared by both backbones.
 
     Args:
-        attribution_head: "votes" (attributions are the patches' votes) or "votes+influence" (votes plus a learned term
-            that sums to zero over the players, so that attributions can differ from votes while their sum cannot).
+        attribution_head: "votes" (attributions are the patches' votes) or "votes+influence" (an influence head adds a
+            correction to what the classifier reads of each patch, of which the classifier's own weights then make
+            attributions; it sums to zero over the players: attributions can differ from votes, their sum cannot).
         vote_readout: "patches" (the classifier reads every patch token) or "pooled" (it reads what the stock model
             reads, ViT's CLS or ConvNeXt's mean over cells, and the present patches share that vote evenly: a plain
             checkpoint keeps its predictions; needs "votes+influence", which tells the patches apart).
@@ -260,7 +261,7 @@ class ShapleyConfigMixin:
         return made
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, **options) -> PreTrainedConfig:
+    def of(cls, config: PreTrainedConfig, **options: Any) -> PreTrainedConfig:
         """A configuration of ours as it is, or a plain one of the same backbone as ours; with options, a copy.
 
         Args:

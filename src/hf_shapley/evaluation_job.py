@@ -1,7 +1,8 @@
 """Measure how faithful attributions are on a data set: the job behind `hf-shapley evaluate`.
 
 Beside the model's attributions stand two rivals that rank the same patches: leaving out one patch at a time (one
-forward pass per patch), and chance. A certificate says how far the attributions are from the exact Shapley values.
+forward pass per patch), and chance. All are judged in the model's game, which the results name. A certificate says how
+far the attributions are from the exact Shapley values of that game on these images, and nothing of images unlike them.
 """
 
 import argparse
@@ -145,6 +146,7 @@ def run(options: argparse.Namespace) -> None:
         "interaction_share": interaction_share(game, own, num_samples=200, generator=generator).mean().item(),
         "certificate": {name: x for name, x in asdict(certificate).items() if not isinstance(x, Tensor)},
         "link": link,
+        "game": model.game_name,
         "settings": {name: str(x) for name, x in vars(options).items() if name not in ("run", "command")},
     }
     results |= evaluation_entries(results, MEANINGS, vars(options), images=len(rows))
@@ -158,13 +160,15 @@ def run(options: argparse.Namespace) -> None:
 
 def print_results(results: dict, images: int) -> None:
     """The table and the certificate, for people."""
+    say(f"Game: {results['game']}.\n")
     print_table(results["methods"], results["link"])
     certificate = results["certificate"]
     low, high = certificate["error_ratio_interval"]
     say(
         f"\nSquared distance of the model's attributions to the exact Shapley values of {images} pictures,\n"
         f"over the variance of those: {certificate['error_ratio']:.4f}, 0 is exact; "
-        f"{certificate['confidence']:.0%} confidence interval {low:.4f} to {high:.4f}.\n"
+        f"{certificate['confidence']:.0%} confidence interval {low:.4f} to {high:.4f}. "
+        "It says nothing of images unlike these.\n"
         f"Correlation with the exact values: {certificate['correlation']:.4f}.\n"
         f"Interactions, which no attribution can show: {results['interaction_share']:.1%} of the variance among "
         "coalitions of one size."

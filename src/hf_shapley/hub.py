@@ -172,9 +172,12 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [] if names == [f"LABEL_{label}" for label in range(config.num_labels)] else names
 
 
-def with_limits(results: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Results for a card that says so if the model's attributions have not been trained."""
-    if getattr(model, "attributions_trained", True):  # an older model's code, from a repository, lacks it
+def with_what_holds(results: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Results for a card that says whose game is explained, and if the model's attributions have not been trained."""
+    # An older model's code, from a repository, lacks either.
+    if game := getattr(model, "game_name", None):
+        results = {**results, "game": game}
+    if getattr(model, "attributions_trained", True):
         return results
     return {**results, "limits": list(dict.fromkeys([*results.get("limits", []), UNTRAINED]))}
 
@@ -224,7 +227,7 @@ def _card_to_publish(model: PreTrainedModel, repo_id: str, results: Mapping[str,
     if results is not None:
         render_model_card(results, model_id=repo_id)  # which refuses what is malformed, whatever the card adds
     shown = {"labels": label_names(model), **merge_results(results_of_card(card or ""), results or {})}
-    shown = with_limits({"model_name": name, **shown}, model)
+    shown = with_what_holds({"model_name": name, **shown}, model)
     data = ShapleyModelCardData.from_results(shown)
     if card is not None:
         for entry, value in vars(ShapleyModelCard(card).data).items():

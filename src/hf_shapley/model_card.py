@@ -4,6 +4,7 @@ A result file is a JSON object with these entries, all optional but `model_name`
 
     model_name: name of the model.
     summary: what it is for, in a sentence or two.
+    game: whose game is explained, as `model.game_name` says.
     license, base_model: as the Hub writes them.
     dataset: {"name", "id", "config", "split", "revision"}; `id` as on the Hub.
     labels: label names in order.
@@ -52,6 +53,7 @@ SHOWN_LABELS = 20
 RECORDED = (
     "model_name",
     "summary",
+    "game",
     "license",
     "base_model",
     "dataset",
@@ -156,6 +158,7 @@ def render_model_card(
         source=_comment(source) if source else "",
         title=escape_markdown(results["model_name"]),
         summary=escape_markdown(results.get("summary", "")),
+        game=escape_markdown(results.get("game", "")),
         picture=_picture_address(picture) if picture else "",
         usage_id=json.dumps(_plain(model_id), ensure_ascii=False),
         origin=_origin(results),

@@ -17,6 +17,7 @@ from transformers import Pipeline, PreTrainedConfig
 
 from .checks import known_labels
 from .images import is_array, load_image
+from .posterior import MOST_PAIRS, verdict
 from .visualization import check_enlargement, overlay, processor_geometry, symmetric_scale
 
 TASK = "shapley-image-classification"
@@ -83,6 +84,60 @@ def pixel_values_of(
     return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 
+def check_evaluations(value: Any, name: str) -> int:
+    """How many evaluations of the game are asked for, 0 for none; refuse what is no such number."""
+    most = 2 * MOST_PAIRS
+    if not isinstance(value, Integral) or not (value == 0 or 2 <= value <= most):
+        raise ValueError(
+            f"`{name}` must be 0 or a number of evaluations from 2 to {most}, got {value!r}: 16 make a check, 256 "
+            "refine a map."
+        )
+    return int(value)
+
+
+def asked_of_the_game(
+    model: Any,
+    pixel_values: Tensor,
+    maps: Tensor,
+    labels: Tensor,
+    *,
+    evaluations: int = 0,
+    check: int = 0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Maps of one pass refined, then checked; a picture's answer depends on no other's.
+
+    Args:
+        model: a Shapley image classifier.
+        pixel_values: (B, C, H, W).
+        maps: (B, L, h, w) of one pass.
+        labels: (B, L), theirs.
+        evaluations: of the game, for each picture, to refine its maps with; 0 leaves them.
+        check: of the game, for each picture, to judge its maps by, refined or not; 0 leaves it out.
+        seed: of each picture's draws.
+
+    Returns:
+        The maps (B, L, h, w); error ratios (B, L) as `check_explanation` gives them, or None.
+    """
+    if not (evaluations or check):
+        return maps, None
+    refined, errors = [], []
+    for pixels, one, ids in zip(pixel_values.split(1), maps.split(1), labels.split(1), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        if evaluations:
+            one = model.explain(pixels, ids, evaluations=evaluations, generator=generator)
+        refined.append(one)
+        if check:
+            judged = one if evaluations else None
+            errors.append(model.check_explanation(pixels, ids, maps=judged, evaluations=check, generator=generator))
+    return torch.cat(refined), torch.cat(errors) if errors else None
+
+
+def check_in_words(error: float) -> dict[str, Any]:
+    """A map's check as answers hold it: the error ratio and the verdict on it."""
+    return {"error": error, "verdict": verdict(error)}
+
+
 def custom_pipelines() -> dict[str, Any]:
     """The entry of config.json that lets `pipeline(..., trust_remote_code=True)` find this file in a repository."""
     implementation = f"{__name__.rpartition('.')[2]}.{ShapleyImageClassificationPipeline.__name__}"
@@ -133,6 +188,11 @@ class ShapleyImageClassificationPipeline(Pipeline):
             labels (list of ids or names): restrict the output to these labels, all of them unless `top_k` is given.
             function_to_apply (str): "softmax", "sigmoid" or "none"; the default follows the model's problem type.
             overlay (bool, default False): add to each entry a picture of the map over the input.
+            check (int, default 0): evaluations of the game for each picture, such as 16, to judge its maps by; few
+                can miss a wrong map, 64 are surer.
+            evaluations (int, default 0): of the game for each picture, such as 256, to bring its maps nearer to the
+                exact Shapley values.
+            seed (int, default 0): of the draws of both; the same picture gets the same answer.
             timeout (float, default 30): seconds to wait for a URL.
             batch_size (int, default 1), num_workers (int, default 0): how many pictures are taken at once.
 
@@ -144,7 +204,10 @@ class ShapleyImageClassificationPipeline(Pipeline):
             - logit and base_value (float): the label's logit with all patches, and with none;
             - attributions (float32 array (h, w), in logits): what each patch adds; base_value + sum = logit;
             - overlay (RGB picture of the upright input's size), if asked for: red speaks for the label, blue against
-              it, on one colour scale for all labels of the picture.
+              it, on one colour scale for all labels of the picture;
+            - check (dict), if asked for: "error" (float), the map's expected squared error over the variance of the
+              exact values, 0 is exact and 1 no better than an even map; "verdict" (str), this in words: "good",
+              "rough" or "do not trust".
 
         Raises:
             ValueError: an option or a label is unknown, a picture is too large, or the model answers NaN.
@@ -171,6 +234,9 @@ class ShapleyImageClassificationPipeline(Pipeline):
         function_to_apply: str | None = None,
         overlay: bool | None = None,
         timeout: float | None = None,
+        check: int | None = None,
+        evaluations: int | None = None,
+        seed: Any = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if top_k is not None:
             if not isinstance(top_k, Integral) or top_k < 1:
@@ -181,9 +247,16 @@ class ShapleyImageClassificationPipeline(Pipeline):
             if function_to_apply not in SCORES:
                 raise ValueError(f"`function_to_apply` must be one of {list(SCORES)}, got {function_to_apply!r}.")
         label_ids = None if labels is None else self._label_ids(labels)
+        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
+            raise ValueError(f"`seed` must be an integer from 0 to 2^63 - 1, got {seed!r}.")
+        asked = {
+            "check": None if check is None else check_evaluations(check, "check"),
+            "evaluations": None if evaluations is None else check_evaluations(evaluations, "evaluations"),
+            "seed": None if seed is None else int(seed),
+        }
         parts = (
             {"keep_image": overlay, "timeout": timeout},
-            {"top_k": top_k, "label_ids": label_ids},
+            {"top_k": top_k, "label_ids": label_ids, **asked},
             {"top_k": top_k, "function_to_apply": function_to_apply},
         )
         return tuple({name: x for name, x in part.items() if x is not None} for part in parts)
@@ -201,19 +274,29 @@ class ShapleyImageClassificationPipeline(Pipeline):
         return {**inputs, "picture": image} if keep_image else inputs
 
     def _forward(
-        self, inputs: dict[str, Any], top_k: int | None = None, label_ids: Sequence[int] | None = None
+        self,
+        inputs: dict[str, Any],
+        top_k: int | None = None,
+        label_ids: Sequence[int] | None = None,
+        **asked: int,
     ) -> dict[str, Any]:
-        """One forward for the batch: logits and base values (B, K), label ids (B, L) and their maps (B, L, h, w)."""
+        """One forward for the batch: logits and base values (B, K), label ids (B, L) and their maps (B, L, h, w).
+
+        What is `asked` of the game beside it comes picture by picture: errors (B, L), if a check is among that.
+        """
         pixel_values = inputs["pixel_values"]
         grid = self.model.grid_size(*pixel_values.shape[-2:])
         best = min(5 if top_k is None else top_k, self.model.config.num_labels)
         outputs = self.model(pixel_values, attributed=best if label_ids is None else label_ids)
         self.model._check_answers(outputs)
+        maps = outputs.attributions.transpose(1, 2).unflatten(-1, grid)
+        maps, errors = asked_of_the_game(self.model, pixel_values, maps, outputs.attributed_labels, **asked)
         results = {
             "logits": outputs.logits,
             "label_ids": outputs.attributed_labels,
-            "maps": outputs.attributions.transpose(1, 2).unflatten(-1, grid),
+            "maps": maps,
             "base_values": outputs.base_values.expand_as(outputs.logits),
+            **({} if errors is None else {"errors": errors}),
         }
         return {**results, "picture": inputs["picture"]} if "picture" in inputs else results
 
@@ -238,6 +321,9 @@ class ShapleyImageClassificationPipeline(Pipeline):
             }
             for label, attribution_map in zip(label_ids[best].tolist(), maps[best], strict=True)
         ]
+        if "errors" in outputs:
+            for entry, error in zip(entries, outputs["errors"][0][best].tolist(), strict=True):
+                entry["check"] = check_in_words(error)
         if "picture" in outputs:
             self._add_overlays(entries, maps[best], outputs["picture"])
         return entries

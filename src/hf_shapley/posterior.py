@@ -18,7 +18,7 @@ weigh by their marginal likelihood, over all labels together, and the more, the 
 """
 
 from itertools import product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,27 @@ ERRORS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 MODELS = {(error, False): -float(step) for step, error in enumerate(ERRORS)} | {(3.0, True): -5.0, (10.0, True): -5.0}
 SEARCHED = 384  # of so many pairs at most the likelihood is asked
 MOST_PAIRS = 8192  # which take half a gigabyte
+
+GOOD_ERROR = 0.35  # the largest error ratio of a map that is called good
+ROUGH_ERROR = 0.65  # and of one that is called rough
+
+
+def verdict(error_ratio: float) -> Literal["good", "rough", "do not trust"]:
+    """How wrong a map is, in words.
+
+    A map scaled as well as can be has a correlation of sqrt(1 - error ratio) with the exact values.
+
+    - "good", up to `GOOD_ERROR` (a correlation of 0.81): the patches that stand out are those that matter;
+    - "rough", up to `ROUGH_ERROR` (0.59): where the weight lies holds, the order of single patches does not;
+    - "do not trust": little better than a map that gives every patch the same, or of unknown error (NaN).
+
+    Args:
+        error_ratio: as `check_explanation` gives it, 0 where a map is exact. The verdict is as sure as this number,
+            which a few evaluations can only estimate.
+    """
+    if error_ratio <= GOOD_ERROR:
+        return "good"
+    return "rough" if error_ratio <= ROUGH_ERROR else "do not trust"
 
 
 def coalitions_to_ask(

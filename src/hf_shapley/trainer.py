@@ -7,15 +7,19 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, has_length
 
 from .attribution_head import ShapleyImageClassifierOutput
+from .certificate import attribution_error_certificate
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
 from .checks import check_count, check_number
 from .coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
@@ -30,6 +34,7 @@ from .training_card import render_training_card
 logger = logging.getLogger(__name__)
 
 COALITION_TARGETS = ("prediction", "label")
+MEASURED = "attribution_error"  # of an evaluation, with its interval
 NO_STEP = (-1, 0)  # (optimizer step, batches of it seen) before the first one
 
 
@@ -86,8 +91,17 @@ class ShapleyTrainingArguments(TrainingArguments):
             "that of all."
         },
     )
+    attribution_error_images: int = field(
+        default=0,
+        metadata={
+            "help": "Images of each evaluation data set, its first ones, to measure the attribution error on: "
+            "`eval_attribution_error`, and its interval `eval_attribution_error_low` and `_high`, to be trusted for "
+            "20 images or more. Each image costs two forwards for each of its patches. 0 leaves it out."
+        },
+    )
 
     def __post_init__(self):
+        self._prepare_to_measure()
         super().__post_init__()
         for name in ("shapley_warmup", "value_gradient"):
             check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
@@ -110,6 +124,17 @@ class ShapleyTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # One forward per step uses every parameter: looking for unused ones would only cost time.
             self.ddp_find_unused_parameters = False
+
+    def _prepare_to_measure(self) -> None:
+        """Refuse too few images for the attribution error; the best model is that of the least."""
+        images, chooses = self.attribution_error_images, MEASURED in (self.metric_for_best_model or "")
+        check_count(images, "attribution_error_images", 0)
+        if images == 1 or (chooses and images == 0):
+            raise ValueError(
+                f"`attribution_error_images` must be at least 2 to measure an error, got {images}: 32 is a good start."
+            )
+        if chooses and self.greater_is_better is None:
+            self.greater_is_better = False  # the stock rule is that greater is better, of a loss alone not
 
 
 def _collate(rows: list[Any]) -> dict[str, Any]:
@@ -154,6 +179,11 @@ class ShapleyTrainer(Trainer):
             args.ddp_find_unused_parameters = True
         kwargs["data_collator"] = kwargs.get("data_collator") or _collate
         super().__init__(model, args, **kwargs)
+        if args.attribution_error_images and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "`attribution_error_images` needs the whole model in one process, but FSDP and DeepSpeed ZeRO-3 "
+                "divide it: set it to 0, and measure the saved model with `attribution_error_certificate`."
+            )
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = defaultdict(int)
         self._micro_step = NO_STEP
@@ -332,6 +362,56 @@ class ShapleyTrainer(Trainer):
             resume_from_checkpoint = complete_checkpoint(resume_from_checkpoint, self.args.output_dir)
             check_labels_of_checkpoint(resume_from_checkpoint, self.model.config.id2label)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer` has it; an evaluation, but no prediction, measures the attribution error too if asked to."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.args.attribution_error_images and description == "Evaluation":
+            errors = torch.zeros(3, device=self.args.device)
+            if self.is_world_process_zero():
+                errors += torch.tensor(self._attribution_error(dataloader), device=errors.device)
+            errors = self.accelerator.reduce(errors, "sum").tolist()  # all processes choose the same best model
+            for end, error in zip(("", "_low", "_high"), errors, strict=True):
+                output.metrics[f"{metric_key_prefix}_{MEASURED}{end}"] = error
+        return output
+
+    @torch.no_grad()
+    def _attribution_error(self, dataloader: Any) -> tuple[float, float, float]:
+        """Error ratio of the predicted labels' attributions on a data set's first images, and its interval.
+
+        With four evaluations for each player, and 256 at least, their noise is small beside that between images.
+        """
+        dataset, count, size = dataloader.dataset, self.args.attribution_error_images, self.args.eval_batch_size
+        count = min(count, len(dataset)) if has_length(dataset) else count
+        rows = list(islice(iter(dataset), count))
+        model = self.accelerator.unwrap_model(self.model)
+        games, attributions = [], []
+        with self.compute_loss_context_manager():
+            for start in range(0, len(rows), size):
+                inputs = self._prepare_inputs(dataloader.collate_fn(rows[start : start + size]))
+                options = {"interpolate_pos_encoding": bool(inputs.get("interpolate_pos_encoding"))}
+                outputs = model(inputs["pixel_values"], attributed=1, **options)
+                attributions.append(outputs.attributions.cpu())  # (B, N, 1)
+                for pixels, label in zip(inputs["pixel_values"], outputs.attributed_labels, strict=True):
+                    games.append(partial(_values_of, model, pixels, label, options))
+            try:
+                certificate = attribution_error_certificate(
+                    games,
+                    torch.cat(attributions),
+                    budget=max(256, 4 * attributions[0].shape[1]),
+                    generator=torch.Generator().manual_seed(self.args.seed),
+                )
+            except ValueError as error:  # one image, or a model that says the same whatever it sees
+                logger.warning("The attribution error could not be measured: %s", error)
+                return (float("nan"),) * 3
+        return certificate.error_ratio, *certificate.error_ratio_interval
 
     def _remove_unused_columns(self, dataset, description=None):
         # Where the stock Trainer makes a data loader of a data set.
@@ -516,6 +596,12 @@ class ShapleyTrainer(Trainer):
             generator=generator,
         )
         return draw[place * rows : place * rows + _share(self.args.shapley_fraction, len(pixel_values))]
+
+
+def _values_of(model, pixels: Tensor, label: Tensor, options: dict[str, Any], coalitions: Tensor) -> Tensor:
+    """The game of one image (C, H, W) and label (1), on the CPU: (M, N) -> (M, 1)."""
+    values = model.coalition_values(pixels.unsqueeze(0), coalitions.unsqueeze(0).to(pixels.device), **options)
+    return values[0, :, label].cpu()
 
 
 def _share(fraction: float, count: int) -> int:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from .configuration_shapley import ShapleyConfigMixin
 from .heads import is_own_part
-from .hub import label_names, with_limits
+from .hub import label_names, with_what_holds
 from .model_card import ShapleyModelCardData, render_model_card
 
 # What a card tells of the recipe, next to the joint loss's own knobs.
@@ -65,7 +65,7 @@ def render_training_card(
         "metrics": _metrics(_last_evaluation(trainer)),
         "training": _recipe(trainer),
     }
-    results = with_limits(results, trainer.model)
+    results = with_what_holds(results, trainer.model)
     data = ShapleyModelCardData.from_results(results, language=language)
     adapters = getattr(trainer.model, "peft_config", None) or {}
     if adapters:
@@ -124,7 +124,11 @@ def _metrics(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "type": re.sub(r"[^\w.-]", "_", name),
                 "name": name.replace("_", " ").capitalize(),
                 "value": value,
-                "better": "lower" if name.endswith("loss") else "higher" if name.endswith("accuracy") else None,
+                "better": "lower"
+                if name.endswith(("loss", "attribution_error"))
+                else "higher"
+                if name.endswith("accuracy")
+                else None,
                 "settings": {"after step": evaluation["step"]},
             }
         )
