@@ -86,7 +86,7 @@ def install_debians() -> bool:
     """Install Debian's package, which brings the libraries it needs; only root can."""
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         return False
-    apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
+    apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
     succeeds([*apt, "update"], SECONDS_TO_DOWNLOAD)  # where one source fails, another may still have the package
     return succeeds([*apt, "install", "-y", "--no-install-recommends", "chromium"], 2 * SECONDS_TO_DOWNLOAD)
 
