@@ -197,6 +197,11 @@ def test_the_page_on_reliability_says_what_its_result_files_say():
     assert f"{crowd['answers']} answers, {crowd['wrong_answers']} wrong, {len(crowd['errors'])} errors" in page
     assert f"| {bad['cases']} cases |" in page
     assert bad["failed_tests"] == 0
+    cases = json.loads((RESULTS / "model_tester.json").read_text())["cases"].values()
+    passed, skipped, expected = (sum(case[name] for case in cases) for name in ("passed", "skipped", "expected_failures"))
+    reasons = {pattern for case in cases for pattern in case["assumptions"]}
+    assert f"| {passed} passed, {skipped} do not apply; {expected} rest on {len(reasons)} assumptions" in page
+    assert not any(case["unexpected_failures"] or case["passed_unexpectedly"] for case in cases)
 
 
 def test_the_scaling_is_that_of_its_result_file():

@@ -269,8 +269,13 @@ class ShapleyImageClassifierMixin:
 
     @property
     def _input_device(self) -> torch.device:
-        """Where inputs belong: with the weights that are not offloaded."""
-        return next((weight.device for weight in self.parameters() if not weight.is_meta), self.device)
+        """Where inputs belong: with the weights that are not offloaded, or else where accelerate brings those that are."""
+        for weight in self.parameters():
+            if not weight.is_meta:
+                return weight.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(device) for device in devices if device is not None), self.device)
 
     @property
     def attributions_trained(self) -> bool:

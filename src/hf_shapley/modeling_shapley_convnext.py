@@ -236,7 +236,8 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, ConvNex
 
     def _empty_token(self) -> Tensor:
         """The final layer norm of a mean over no cell, which is 0: (D)."""
-        return self.convnext.layernorm(torch.zeros_like(self.convnext.layernorm.weight))
+        weight = self.convnext.layernorm.weight
+        return self.convnext.layernorm(torch.zeros(weight.shape, dtype=weight.dtype, device=self._input_device))
 
     def _structured_tokens(self, embeddings: Tensor, coalition_ids: Tensor, members: Tensor) -> Tensor:
         """Voting tokens where each player sees its own coalition only.
