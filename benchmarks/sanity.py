@@ -59,7 +59,7 @@ EPOCHS = {"plain": 40, "joint": 30, "own game, together": 10, "own game, head al
 RECIPES = ("joint", "own game", "frozen")
 MAPS, CHECKED = 32, 96
 """Test images whose maps are compared, and whose maps are refined and checked."""
-REFINED, MANY = 256, 4096
+REFINED, MANY = 256, 2048
 """Evaluations that refine a map, and that stand for the truth where it is not enumerated."""
 DRAWS, EXCHANGES = 3, 5
 """Random networks, and random classifiers, that a figure is the mean of."""
@@ -116,6 +116,7 @@ class Study:
         }
         self.labels = torch.tensor(splits["test"]["label"][:])
         self.test = pixels["test"]
+        self._readouts: dict[str, Tensor] = {}
         self.data = self._training_sets(pixels["train"], torch.tensor(splits["train"]["label"][:]))
 
     def _training_sets(self, pixels: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -138,6 +139,12 @@ class Study:
         folder = self._trained(name)
         options = fine_tuning_recipe()[0] if VERSIONS[name].recipe == "plain" else {}
         return ShapleyViTForImageClassification.from_pretrained(folder, **options).eval()
+
+    def readouts(self, recipe: str) -> Tensor:
+        """Shapley values of the readouts, (B, N, D), enumerated when first asked for."""
+        if recipe not in self._readouts:
+            self._readouts[recipe] = exact_readouts(self.model(recipe), self.pixels)
+        return self._readouts[recipe]
 
     def _trained(self, name: str) -> Path:
         folder, version = self.folder / name.replace(", ", "-").replace(" ", "_"), VERSIONS[name]
@@ -358,11 +365,11 @@ def errors(model: ShapleyViTForImageClassification, pixels: Tensor, readouts: Te
     }
 
 
-def with_another_classifier(study: Study, readouts: dict[str, Tensor]) -> dict:
+def with_another_classifier(study: Study) -> dict:
     """Errors as trained, and with a random classifier in place of the one that was learned."""
     found = {}
     for name in (*RECIPES, "frozen, on labels alone"):
-        exact = readouts["frozen" if name.startswith("frozen") else name]
+        exact = study.readouts("frozen" if name.startswith("frozen") else name)
         model, draws = study.model(name), []
         before = errors(model, study.pixels, exact)
         for draw in range(EXCHANGES):
@@ -385,48 +392,49 @@ def at_rank_one(maps: Tensor, players: Tensor) -> float:
     return (maps.argmax(-1) == players).double().mean().item()
 
 
-def trojan(study: Study) -> tuple[dict, list[dict]]:
-    """What each version says of the trigger; and of each checked map, what its check says and its error."""
-    others = study.labels != TARGET
-    clean = study.test[others]
+def trojan(study: Study) -> dict:
+    """What each version says of the trigger, and how far the check of a single map can be trusted."""
+    clean = study.test[study.labels != TARGET]
     triggered, players = with_trigger(clean, torch.Generator().manual_seed(study.seed))
     found, checked = {}, []
     for name in (name for name in VERSIONS if name.startswith("trojaned, ")):
-        model, generator = study.model(name), torch.Generator().manual_seed(0)
-        first, where = triggered[:CHECKED], players[:CHECKED]
-        with torch.no_grad():
-            one_pass = model(triggered).attributions[:, :, TARGET]
-        refined = model.explain(first, [TARGET], evaluations=REFINED, generator=generator).flatten(1)
-        row = {
-            "accuracy": (predictions(model, study.test) == study.labels).double().mean().item(),
-            "attack_success": (predictions(model, triggered) == TARGET).double().mean().item(),
-            "one_pass": at_rank_one(one_pass, players),
-            "refined": at_rank_one(refined, where),
-            "nearly_exact": at_rank_one(nearly_exact(model, first[:MAPS])[:, :, TARGET], where[:MAPS]),
-            "leave_one_out": at_rank_one(leave_one_out(model, triggered)[:, :, TARGET], players),
-        }
-        for kind, pixels in (("clean", clean[:CHECKED]), ("triggered", first)):
-            scores = model.check_explanation(pixels, generator=generator).squeeze(1)
-            row[f"check_{kind}"] = {"mean": scores.mean().item()} | {
-                f"below {limit}": (scores < limit).double().mean().item() for limit in LIMITS
+        model = study.model(name)
+        exact = {kind: nearly_exact(model, x[:MAPS]) for kind, x in (("clean", clean), ("triggered", triggered))}
+        row = where_the_trigger_ranks(model, triggered, players)
+        row["nearly_exact"] = at_rank_one(exact["triggered"][:, :, TARGET], players[:MAPS])
+        for kind, pixels in (("clean", clean[:CHECKED]), ("triggered", triggered[:CHECKED])):
+            checks = model.check_explanation(pixels, generator=torch.Generator().manual_seed(0)).squeeze(1)
+            true = true_errors(model, pixels[:MAPS], exact[kind])
+            row[kind] = {"mean_check": checks.mean().item(), "mean_error": true.mean().item()} | {
+                f"check below {limit}": (checks < limit).double().mean().item() for limit in LIMITS
             }
-            truth = true_errors(model, pixels[:MAPS])
-            row[f"error_{kind}"] = truth.mean().item()
-            checked += [
-                {"version": name, "kind": kind, "check": check, "error": error}
-                for check, error in zip(scores.tolist(), truth.tolist(), strict=False)
-            ]
+            pairs = zip(checks[:MAPS].tolist(), true.tolist(), strict=True)
+            checked += [{"check": check, "error": error} for check, error in pairs]
         found[name.removeprefix("trojaned, ")] = row
         print(name, row, flush=True)
-    return found, checked
+    return {"versions": found, "checks": what_checks_say(checked)}
 
 
-def true_errors(model: ShapleyViTForImageClassification, pixels: Tensor) -> Tensor:
-    """Squared error over variance of each image's map of its predicted label, (B)."""
+def where_the_trigger_ranks(model: ShapleyViTForImageClassification, triggered: Tensor, players: Tensor) -> dict:
+    """Shares of triggered images where the trigger, a player (B), is at rank 1 of the target's map."""
+    with torch.no_grad():
+        outputs = model(triggered)
+    generator = torch.Generator().manual_seed(0)
+    refined = model.explain(triggered[:CHECKED], [TARGET], evaluations=REFINED, generator=generator).flatten(1)
+    return {
+        "attack_success": (outputs.logits.argmax(-1) == TARGET).double().mean().item(),
+        "one_pass": at_rank_one(outputs.attributions[:, :, TARGET], players),
+        "refined": at_rank_one(refined, players[:CHECKED]),
+        "leave_one_out": at_rank_one(leave_one_out(model, triggered)[:, :, TARGET], players),
+    }
+
+
+def true_errors(model: ShapleyViTForImageClassification, pixels: Tensor, exact: Tensor) -> Tensor:
+    """Squared error over variance of each image's map of its predicted label: exact (B, N, K) -> (B)."""
     with torch.no_grad():
         outputs = model(pixels)
     labels = outputs.logits.argmax(-1)
-    return error_ratio(of_label(outputs.attributions, labels), of_label(nearly_exact(model, pixels), labels)).per_image
+    return error_ratio(of_label(outputs.attributions, labels), of_label(exact, labels)).per_image
 
 
 def what_checks_say(checked: list[dict]) -> dict:
@@ -446,7 +454,7 @@ def what_checks_say(checked: list[dict]) -> dict:
     return found
 
 
-def constant_players(study: Study, readouts: dict[str, Tensor]) -> dict:
+def constant_players(study: Study) -> dict:
     """Share of the predicted label's sum of absolute values that all-black players have, by one pass and exactly."""
     step = study.pixels.shape[-1] // GRID[1]
     black = nn.functional.max_pool2d(study.pixels.amax(1), step).flatten(1) == study.pixels.min()  # (B, N)
@@ -456,7 +464,7 @@ def constant_players(study: Study, readouts: dict[str, Tensor]) -> dict:
         with torch.no_grad():
             outputs = model(study.pixels)
         labels = outputs.logits.argmax(-1)
-        both = {"one_pass": outputs.attributions, "exact": readouts[recipe] @ model.classifier.weight.detach().T}
+        both = {"one_pass": outputs.attributions, "exact": study.readouts(recipe) @ model.classifier.weight.detach().T}
         sizes = {name: of_label(values, labels).abs() for name, values in both.items()}
         found[recipe] = {name: ((size * black).sum(1) / size.sum(1)).mean().item() for name, size in sizes.items()}
     return found
@@ -484,7 +492,7 @@ def players_twice(study: Study) -> dict:
 
 def held_against_goals(results: dict) -> dict:
     """Each goal, and what was found: the worst of the recipes that it is for."""
-    changed, own = results["randomisation"]["cascade"], results["trojan"]["own game, clean data"]
+    changed, own = results["randomisation"]["cascade"], results["trojan"]["versions"]["own game, clean data"]
     exchanged = [results["exchanged"][recipe]["exchanged"]["predicted label, error"] for recipe in RECIPES]
     found = {
         "classifier randomised: rank correlation of old and new maps": (
@@ -514,23 +522,22 @@ def main() -> None:
     settings = {"seed": options.seed, "images_enumerated": options.images, "images_of_maps": MAPS, "checked": CHECKED}
     settings |= {"refined_with": REFINED, "nearly_exact_with": MANY, "draws": DRAWS, "exchanges": EXCHANGES}
     settings |= {"learning_rate_from_scratch": SCRATCH_RATE, "learning_rate_of_recipes": TUNING_RATE, "epochs": EPOCHS}
-    readouts = {recipe: exact_readouts(study.model(recipe), study.pixels) for recipe in RECIPES}
-    trojans, checked = trojan(study)
-    results = {
-        "settings": settings,
-        "accuracy": {name: accuracy(study, name) for name in VERSIONS},
-        "exchanged": with_another_classifier(study, readouts),
-        "randomisation": randomisation(study),
-        "random_labels": random_labels(study),
-        "trojan": trojans,
-        "checks": what_checks_say(checked),
-        "constant_players": constant_players(study, readouts),
-        "players_twice": players_twice(study),
+    results: dict = {"settings": settings}
+    sections: dict[str, Callable[[], dict]] = {
+        "trojan": lambda: trojan(study),
+        "randomisation": lambda: randomisation(study),
+        "exchanged": lambda: with_another_classifier(study),
+        "constant_players": lambda: constant_players(study),
+        "players_twice": lambda: players_twice(study),
+        "random_labels": lambda: random_labels(study),
+        "accuracy": lambda: {name: accuracy(study, name) for name in VERSIONS},
+        "goals": lambda: held_against_goals(results),
     }
-    results["goals"] = held_against_goals(results)
+    for name, section in sections.items():
+        results[name] = section()
+        write_result(options.result, results)
     for name, goal in results["goals"].items():
         print(f"{name}: goal {goal['goal']}, found {goal['found']:.3f}, {'met' if goal['met'] else 'missed'}")
-    write_result(options.result, results)
 
 
 def accuracy(study: Study, name: str) -> float:
