@@ -72,7 +72,7 @@ def with_shapiq(approximator, game, budget: int, seed: int) -> Tensor:
     """One of shapiq's approximators, whose games are of one label."""
 
     def values(coalitions: np.ndarray) -> np.ndarray:
-        return game(torch.from_numpy(np.asarray(coalitions, dtype=bool)))[:, 0].double().numpy()
+        return game(torch.from_numpy(np.atleast_2d(coalitions).astype(bool)))[:, 0].double().numpy()
 
     found = approximator(n=PLAYERS, random_state=seed).approximate(budget=budget, game=values)
     return torch.from_numpy(found.get_n_order_values(1)).unsqueeze(-1)
