@@ -109,11 +109,11 @@ def shapley_posterior(prior: Tensor, coalitions: Tensor, odd: Tensor) -> Shapley
     centred = prior - prior.mean(0)
     spread = (centred.square() + 2 * centred * change + square).mean(0)  # of the Shapley values
     ratios = square.mean(0) / spread.clamp(min=torch.finfo(spread.dtype).tiny)
-    # Few evaluations tell an error from interactions badly. Attributions that say less of all labels' values than an
-    # even share does are worse than that, whatever the model of them makes of it.
+    # Few evaluations tell an error from interactions badly. Attributions that say less of the values, all labels
+    # together, than an even share does are worse than that, whatever the model of them makes of it.
     evenly = (ones.mean(-1, keepdim=True) - 0.5) * prior.sum(0)
-    left = residuals.square().sum(0) / (odd[1:][first] - evenly).square().sum(0).clamp(min=torch.finfo(odd.dtype).tiny)
-    return ShapleyPosterior(values, errors, torch.where(left.mean() > 1, ratios.clamp(min=left.mean()), ratios))
+    left = residuals.square().sum() / (odd[1:][first] - evenly).square().sum().clamp(min=torch.finfo(odd.dtype).tiny)
+    return ShapleyPosterior(values, errors, ratios.clamp(min=left) if left > 1 else ratios)
 
 
 def _distinct(ones: Tensor) -> tuple[Tensor, Tensor]:
