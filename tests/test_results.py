@@ -198,7 +198,8 @@ def test_the_page_on_reliability_says_what_its_result_files_say():
     assert f"| {bad['cases']} cases |" in page
     assert bad["failed_tests"] == 0
     cases = json.loads((RESULTS / "model_tester.json").read_text())["cases"].values()
-    passed, skipped, expected = (sum(case[name] for case in cases) for name in ("passed", "skipped", "expected_failures"))
+    counts = ("passed", "skipped", "expected_failures")
+    passed, skipped, expected = (sum(case[name] for case in cases) for name in counts)
     reasons = {pattern for case in cases for pattern in case["assumptions"]}
     assert f"| {passed} passed, {skipped} do not apply; {expected} rest on {len(reasons)} assumptions" in page
     assert not any(case["unexpected_failures"] or case["passed_unexpectedly"] for case in cases)
