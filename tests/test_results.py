@@ -465,6 +465,18 @@ def test_what_spread_sizes_save_is_that_of_the_result_file():
     assert f"with {min(ratios):.2f} to {max(ratios):.2f} times fewer evaluations" in text
 
 
+def test_the_table_of_refinement_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "refinement.json").read_text())
+    budgets = [str(budget) for budget in found["settings"]["budgets"]]
+    text = (ROOT / "docs" / "faithfulness.md").read_text()
+    assert f"| {' | '.join(['method', *(f'{int(budget):,}' for budget in budgets)])} |" in text
+    for name, errors in found["error_over_variance"].items():
+        if name != "one pass":
+            cells = [f"{errors[budget]:.3f}" if budget in errors else "-" for budget in budgets]
+            assert f"| {' | '.join([name, *cells])} |" in text
+    assert f"of which one pass has {found['error_over_variance']['one pass']['0']:.3f}" in " ".join(text.split())
+
+
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
