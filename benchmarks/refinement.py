@@ -2,8 +2,8 @@
 
 A plain ViT (patches of 1 x 1 pixels) is trained on scikit-learn's digits and frozen; the attribution head learns its
 own game, no adapters. "Error" is the squared error over the variance of the true Shapley values, both of the predicted
-label, over images that chose nothing. The truth is antithetic permutation sampling with 65,536 evaluations; what its
-own error adds is stated. Rivals have their best known settings: pairs, and for KernelSHAP of ours spread sizes.
+label, over images that chose nothing. The truth is antithetic permutation sampling with many evaluations; what its own
+error adds is stated. Rivals have their best known settings: pairs, and for KernelSHAP of ours spread sizes.
 
     python benchmarks/refinement.py --model outputs/refinement
 """

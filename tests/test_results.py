@@ -198,7 +198,8 @@ def test_the_page_on_reliability_says_what_its_result_files_say():
     assert f"| {bad['cases']} cases |" in page
     assert bad["failed_tests"] == 0
     cases = json.loads((RESULTS / "model_tester.json").read_text())["cases"].values()
-    passed, skipped, expected = (sum(case[name] for case in cases) for name in ("passed", "skipped", "expected_failures"))
+    counts = ("passed", "skipped", "expected_failures")
+    passed, skipped, expected = (sum(case[name] for case in cases) for name in counts)
     reasons = {pattern for case in cases for pattern in case["assumptions"]}
     assert f"| {passed} passed, {skipped} do not apply; {expected} rest on {len(reasons)} assumptions" in page
     assert not any(case["unexpected_failures"] or case["passed_unexpectedly"] for case in cases)
@@ -462,6 +463,18 @@ def test_what_spread_sizes_save_is_that_of_the_result_file():
     ratios = [found["ratio"] for model in models.values() for found in model.values()]
     text = (ROOT / "docs" / "faithfulness.md").read_text()
     assert f"with {min(ratios):.2f} to {max(ratios):.2f} times fewer evaluations" in text
+
+
+def test_the_table_of_refinement_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "refinement.json").read_text())
+    budgets = [str(budget) for budget in found["settings"]["budgets"]]
+    text = (ROOT / "docs" / "faithfulness.md").read_text()
+    assert f"| {' | '.join(['method', *(f'{int(budget):,}' for budget in budgets)])} |" in text
+    for name, errors in found["error_over_variance"].items():
+        if name != "one pass":
+            cells = [f"{errors[budget]:.3f}" if budget in errors else "-" for budget in budgets]
+            assert f"| {' | '.join([name, *cells])} |" in text
+    assert f"of which one pass has {found['error_over_variance']['one pass']['0']:.3f}" in " ".join(text.split())
 
 
 def test_every_result_file_names_the_command_that_made_it():

@@ -269,7 +269,7 @@ class ShapleyImageClassifierMixin:
 
     @property
     def _input_device(self) -> torch.device:
-        """Where inputs belong: with the weights that are not offloaded, or else where accelerate brings those that are."""
+        """Where inputs belong: with weights that are not offloaded, else where accelerate brings those that are."""
         for weight in self.parameters():
             if not weight.is_meta:
                 return weight.device
