@@ -477,6 +477,69 @@ def test_the_table_of_refinement_is_that_of_its_result_file():
     assert f"of which one pass has {found['error_over_variance']['one pass']['0']:.3f}" in " ".join(text.split())
 
 
+def sanity_rows(found: dict) -> list[str]:
+    """The table of sanity checks: a row of cells each, of joint training, the own game and a frozen classifier."""
+    recipes = ("joint", "own game", "frozen")
+    versions = ("joint", "own game, clean data", "frozen, clean data", "frozen, trojaned data")
+    goals = {name: goal["goal"] for name, goal in found["goals"].items()}
+
+    def row(title, values, goal="-"):
+        return f"| {' | '.join([title, *values, '-'] if len(values) == 3 else [title, *values])} | {goal} |"
+
+    def correlations(kind, part):
+        return [f"{found['randomisation'][kind][f'{recipe}, one pass'][part]:.2f}" for recipe in recipes]
+
+    def errors(when):
+        return [f"{found['exchanged'][recipe][when]['predicted label, error']:.3f}" for recipe in recipes]
+
+    def trojan(name, digits=1):
+        return [f"{100 * found['trojan']['versions'][version][name]:.{digits}f} %" for version in versions]
+
+    def checks(kind):
+        return [f"{found['trojan']['versions'][version][kind]['mean_check']:.2f}" for version in versions]
+
+    labels = found["random_labels"]
+    constant = [found["constant_players"][recipe] for recipe in recipes]
+    twice = [found["players_twice"][recipe] for recipe in recipes]
+    at_most, exchanged, one_pass, refined = goals.values()
+    return [
+        row(
+            "classifier randomised: rank correlation of old and new maps",
+            correlations("cascade", "classifier"),
+            at_most,
+        ),
+        row("everything randomised, down to the embeddings", correlations("cascade", "embeddings")),
+        row("the last layer alone randomised", correlations("alone", "layer 4")),
+        row(
+            "trained on random labels: rank correlation with the map of true ones",
+            [f"{labels['joint, one pass']:.2f}", "-", f"{labels['frozen, one pass']:.2f}"],
+        ),
+        row("error / variance, as trained", errors("as trained")),
+        row("classifier exchanged, nothing learned again: error / variance", errors("exchanged"), exchanged),
+        row(
+            "share of all-black patches in the map (in exact values)",
+            [f"{part['one_pass']:.2f} ({part['exact']:.2f})" for part in constant],
+        ),
+        row("left half shown twice: error / variance", [f"{part['error']:.2f}" for part in twice]),
+        row("trigger at rank 1, one pass", trojan("one_pass"), f"{one_pass}, own game"),
+        row("trigger at rank 1, refined with 256 evaluations", trojan("refined"), f"{refined}, own game"),
+        row("trigger at rank 1, leave one out", trojan("leave_one_out")),
+        row("check with 16 evaluations, clean images", checks("clean")),
+        row("check with 16 evaluations, triggered images", checks("triggered")),
+    ]
+
+
+def test_the_sanity_checks_are_those_of_their_result_file():
+    found = json.loads((RESULTS / "sanity_digits.json").read_text())
+    text = " ".join((ROOT / "docs" / "faithfulness.md").read_text().split())
+    assert " ".join(" ".join(sanity_rows(found)).split()) in text
+    missed = sum(not goal["met"] for goal in found["goals"].values())
+    assert f"{missed} of {len(found['goals'])} goals are missed" in text
+    others = found["randomisation"]["cascade"]
+    for name in ("gradient x input", "integrated gradients", "attention rollout", "occlusion", "KernelSHAP 256"):
+        assert f"{name} {others[name]['classifier']:.2f}" in text
+
+
 def test_every_result_file_names_the_command_that_made_it():
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
