@@ -45,7 +45,7 @@ $(VENV)/.installed-%: setup.cfg constraints.txt | $(BIN)/python
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # pip would compile on one core; a few files are for no Python
 	touch $@
 
-# Of as many images as keep it within four minutes; README's figures are of the command's own 32.
+# Of few images, so that it ends soon; README's figures are of the command's own 32.
 demo: $(VENV)/.installed-plot
 	$(BIN)/hf-shapley demo --images 12
 
