@@ -534,7 +534,7 @@ def test_the_sanity_checks_are_those_of_their_result_file():
     text = " ".join((ROOT / "docs" / "faithfulness.md").read_text().split())
     assert " ".join(" ".join(sanity_rows(found)).split()) in text
     missed = sum(not goal["met"] for goal in found["goals"].values())
-    assert f"{missed} of {len(found['goals'])} goals are missed" in text
+    assert f"They miss {missed} of {len(found['goals'])} goals" in text
     others = found["randomisation"]["cascade"]
     for name in ("gradient x input", "integrated gradients", "attention rollout", "occlusion", "KernelSHAP 256"):
         assert f"{name} {others[name]['classifier']:.2f}" in text
