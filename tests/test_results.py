@@ -567,6 +567,17 @@ def test_figures_say_which_head_and_game_were_measured(name, table, games):
     assert all(game in before for game in games)
 
 
+def test_the_recommended_recipe_has_the_run_that_readme_tells():
+    ((plain, found),) = runs_of("vit_fine_tuned_8_epochs", "own_game", "vit")
+    accuracy, error = 100 * found["accuracy"], found["certificate"]["error_ratio"]
+    lost = f"{accuracy - 100 * plain['accuracy']:+.2f} points"
+    assert f"in 8 epochs to {accuracy:.2f} %, {lost}, with an error of {error:.3f}" in " ".join(README.split())
+    rate = found["settings"]["learning_rate"]
+    model_options, training_options = fine_tuning_recipe(rate)
+    assert model_options == found["config"]
+    assert training_options == {**found["training"], "learning_rate": rate}
+
+
 @pytest.mark.parametrize(
     ("heading", "game"), [("## A checkpoint: its own game", "own"), ("## Another game: adapters", "adapted")]
 )
