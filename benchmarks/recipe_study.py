@@ -40,8 +40,8 @@ from hf_shapley import (
     fine_tuning_recipe,
     refinement_recipe,
 )
-from hf_shapley.certificate import attribution_error_certificate
-from hf_shapley.metrics import insertion_deletion, interaction_share
+from hf_shapley.faithfulness.certificate import attribution_error_certificate
+from hf_shapley.faithfulness.metrics import insertion_deletion, interaction_share
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -37,7 +37,7 @@ from hf_shapley import (
     refine,
     refinement_recipe,
 )
-from hf_shapley.digits import SHORT_RUN, trainable
+from hf_shapley.training.digits import SHORT_RUN, trainable
 
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
 PLAYERS = 64

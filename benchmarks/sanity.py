@@ -45,7 +45,7 @@ from hf_shapley import (
     kernel_shapley,
     refinement_recipe,
 )
-from hf_shapley.digits import SHORT_RUN, trainable
+from hf_shapley.training.digits import SHORT_RUN, trainable
 
 SHAPE = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, num_labels=10)
 SHAPE |= dict(image_size=8, patch_size=2)

@@ -21,12 +21,12 @@ accelerate's own `--cpu` would start one process only.
 `--resume_from_checkpoint last` continues where the run in `--output_dir` stopped. One `.json` file may hold all of the
 options.
 Needs no torchvision: augmentation is a crop and a flip done by Pillow. `hf-shapley train` takes the same options; the
-steps are the functions of `hf_shapley.training_job`, to import and rearrange.
+steps are the functions of `hf_shapley.jobs.training_job`, to import and rearrange.
 """
 
 import sys
 
-from hf_shapley.training_job import main
+from hf_shapley.jobs.training_job import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -83,7 +83,7 @@ def push(folder: Path) -> dict:
     from huggingface_hub import HfApi
     from transformers import pipeline
 
-    from hf_shapley.hub import push_to_hub
+    from hf_shapley.publishing.hub import push_to_hub
 
     models = {name: altered_model(backbone, seed) for name, backbone, seed in MODELS}
     for name, model in models.items():
@@ -267,7 +267,7 @@ def explain_by_shell(folder: Path) -> dict:
 
 
 def push_and_be_killed(folder: Path) -> dict:
-    from hf_shapley.hub import push_to_hub
+    from hf_shapley.publishing.hub import push_to_hub
 
     push_to_hub(altered_model("vit", seed=3), processor(), "tester/vit")
     return {}
@@ -275,7 +275,7 @@ def push_and_be_killed(folder: Path) -> dict:
 
 def find_no_hub(folder: Path) -> dict:
     from hf_shapley import ShapleyViTForImageClassification
-    from hf_shapley.hub import push_to_hub
+    from hf_shapley.publishing.hub import push_to_hub
 
     picture().save(folder / "x.png")
     for part in (altered_model("vit"), processor()):

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from hf_shapley.certificate import attribution_error_certificate
-from hf_shapley.estimators import exact_shapley
-from hf_shapley.metrics import attribution_correlation, error_ratio
+from hf_shapley.faithfulness.certificate import attribution_error_certificate
+from hf_shapley.faithfulness.estimators import exact_shapley
+from hf_shapley.faithfulness.metrics import attribution_correlation, error_ratio
 
 PLAYERS, LABELS = 8, 3
 

@@ -14,7 +14,7 @@ from hf_shapley import (
     sample_coalitions,
     shapley_kernel_size_probabilities,
 )
-from hf_shapley.coalitions import sum_over_coalitions
+from hf_shapley.models.coalitions import sum_over_coalitions
 
 
 @pytest.mark.parametrize("num_players", [2, 3, 16, 196])

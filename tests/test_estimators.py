@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_shapley.coalitions import enumerate_coalitions, shapley_kernel_size_probabilities
-from hf_shapley.estimators import exact_shapley, kernel_shapley, permutation_shapley
+from hf_shapley.faithfulness.estimators import exact_shapley, kernel_shapley, permutation_shapley
+from hf_shapley.models.coalitions import enumerate_coalitions, shapley_kernel_size_probabilities
 
 SAMPLERS = {
     "permutation": partial(permutation_shapley, antithetic=False),
@@ -354,7 +354,7 @@ def test_draws_that_do_not_determine_the_regression_are_refused(monkeypatch):
     def same_coalition(*shape, num_players, **_):
         return (torch.arange(num_players) < 3).expand(*shape, num_players)
 
-    monkeypatch.setattr("hf_shapley.estimators.sample_coalitions", same_coalition)
+    monkeypatch.setattr("hf_shapley.faithfulness.estimators.sample_coalitions", same_coalition)
     with pytest.raises(ValueError, match="do not determine"):
         kernel_shapley(random_game(10, seed=0), num_players=10, budget=100)
 

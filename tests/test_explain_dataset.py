@@ -22,8 +22,8 @@ from PIL import Image as PILImage
 from test_images import png_header
 from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil, pipeline
 
-import hf_shapley.dataset_explanations as module_under_test
-from hf_shapley.dataset_explanations import explain_dataset, load_explanations
+import hf_shapley.publishing.dataset_explanations as module_under_test
+from hf_shapley.publishing.dataset_explanations import explain_dataset, load_explanations
 
 ROWS, OPTIONS = 23, {"batch_size": 3, "shard_size": 7, "show_progress": False}
 
@@ -284,7 +284,7 @@ def run_convnext(folder, dataset, **options):
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_an_unreadable_row_is_named_or_left_out(kind, stream, tmp_path, monkeypatch, caplog):
     """A decoded `Image()` column too: its row and path are named; on request such rows are left out and counted."""
-    monkeypatch.setattr("hf_shapley.visualization.MAX_PIXELS", 1_000_000)
+    monkeypatch.setattr("hf_shapley.models.visualization.MAX_PIXELS", 1_000_000)
     places = {4, *range(7, 14)}  # all rows of the second file
     data = with_unreadable(kind, places, tmp_path)
     data = data.to_iterable_dataset() if stream else data

@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 
 from hf_shapley import fine_tuning_recipe
-from hf_shapley.export import export_onnx, export_program
+from hf_shapley.publishing.export import export_onnx, export_program
 
 SIZE = (16, 24)
 
@@ -99,7 +99,9 @@ def test_bad_input_is_refused(tmp_path, monkeypatch):
         export_program(model, image_size=(16, 24, 3))
     with pytest.raises(ValueError, match="onnx"):
         export_onnx(model, tmp_path / "model.pt")
-    monkeypatch.setattr("hf_shapley.export.find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(
+        "hf_shapley.publishing.export.find_spec", lambda name: None if name == "onnxscript" else object()
+    )
     with pytest.raises(ImportError, match=r"onnxscript: pip install hf_shapley\[onnx\]"):
         export_onnx(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

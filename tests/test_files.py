@@ -26,8 +26,8 @@ from hf_shapley import (
     write_model_card,
 )
 from hf_shapley.cli import main
-from hf_shapley.evaluation_job import write_json
 from hf_shapley.files import whole_file
+from hf_shapley.jobs.evaluation_job import write_json
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 24})
 NO_ROOM = "File too large"

@@ -14,9 +14,9 @@ from hf_shapley import (
     kernel_shapley,
     sample_coalitions,
 )
-from hf_shapley.certificate import attribution_error_certificate
-from hf_shapley.metrics import insertion_deletion
-from hf_shapley.pipeline_shapley import TASK
+from hf_shapley.faithfulness.certificate import attribution_error_certificate
+from hf_shapley.faithfulness.metrics import insertion_deletion
+from hf_shapley.models.pipeline_shapley import TASK
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

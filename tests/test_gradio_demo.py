@@ -18,8 +18,8 @@ from conftest import make_model
 from PIL import Image
 from transformers import ConvNextImageProcessorPil, pipeline
 
-from hf_shapley.digits import train_digits_model
-from hf_shapley.pipeline_shapley import TASK
+from hf_shapley.models.pipeline_shapley import TASK
+from hf_shapley.training.digits import train_digits_model
 
 ROOT = Path(__file__).parents[1]
 APP = ROOT / "examples" / "gradio_demo" / "app.py"

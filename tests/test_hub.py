@@ -311,7 +311,10 @@ def test_weights_come_back_equal(with_library):
 
 
 def test_the_library_needs_no_trust_and_uses_its_own_code(with_library):
-    assert with_library["classes"] == ["hf_shapley.modeling_shapley_vit", "hf_shapley.modeling_shapley_convnext"]
+    assert with_library["classes"] == [
+        "hf_shapley.models.modeling_shapley_vit",
+        "hf_shapley.models.modeling_shapley_convnext",
+    ]
     assert {label for label, _, _ in with_library["entries"]} == {"cat", "dog"}
     assert with_library["entries"][0][1:] == [[4, 6], [60, 40]]
 

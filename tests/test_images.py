@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_shapley.images import load_image, to_rgb
+from hf_shapley.models.images import load_image, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -11,8 +11,13 @@ from PIL import Image as PILImage
 from test_images import encoded, png_header
 from transformers import ViTImageProcessorPil
 
-from hf_shapley.estimators import exact_shapley
-from hf_shapley.interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
+from hf_shapley.faithfulness.estimators import exact_shapley
+from hf_shapley.publishing.interoperability import (
+    add_attributions,
+    as_shapiq_game,
+    captum_forward,
+    to_shap_explanation,
+)
 
 LABELS = {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "eel"}
 NAMES = {"id2label": LABELS, "label2id": {name: label for label, name in LABELS.items()}}

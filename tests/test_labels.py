@@ -17,7 +17,7 @@ from hf_shapley import (
     add_attributions,
     training_job,
 )
-from hf_shapley.labels import check_labels_of_checkpoint
+from hf_shapley.data.labels import check_labels_of_checkpoint
 
 NAMES = ["cat", "dog", "cow", "ant", "bee"]
 

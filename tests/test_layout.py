@@ -9,71 +9,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "hf_shapley"
 
-# A module may import from its own layer and from those below. A new module must be given a place here.
-LAYERS = {
-    0: [
-        "checks",
-        "configuration_shapley",
-        "coalitions",
-        "checkpoints",
-        "files",
-        "labels",
-        "version",
-        "images",
-        "terminal",
-        "visualization",
-    ],
-    # A model saves the pipeline's code with its own.
-    1: [
-        "posterior",
-        "heads",
-        "attribution_head",
-        "losses",
-        "estimators",
-        "picture_rows",
-        "pipeline_shapley",
-        "recipes",
-    ],
-    2: ["modeling_shapley_vit", "modeling_shapley_convnext"],
-    3: [
-        "trainer",
-        "metrics",
-        "metrics_evaluate",
-        "refinement",
-        "certificate",
-        "model_card",
-        "interoperability",
-        "hub",
-        "loading",
-        "training_card",
-        "evaluation_card",
-        "dataset_explanations",
-        "dataset_images",
-        "export",
-        "digits",
-    ],
-    4: ["demo", "training_job", "evaluation_job"],
-    5: ["cli"],
-    6: ["__init__", "__main__"],
-}
-LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
-# Every saved model carries its pipeline to the Hub, so `save_pretrained` has to name it.
-UPWARD = {("attribution_head", "pipeline_shapley")}
-
+# A folder may import from itself and from those before it; "" are the files beside the folders.
+FOLDERS = ["models", "data", "faithfulness", "publishing", "training", "jobs", ""]
+# What knows nothing of any folder but the models, and serves all that come after.
+TOOLS = {"version", "files", "terminal"}
 # `save_pretrained` copies these beside the weights, where they run without hf_shapley.
-HUB_FILES = {
-    "checks",
-    "configuration_shapley",
-    "coalitions",
-    "attribution_head",
-    "heads",
-    "posterior",
-    "modeling_shapley_vit",
-    "modeling_shapley_convnext",
-    "pipeline_shapley",
-    "images",
-    "visualization",
-}
+HUB_FOLDER = "models"
 HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "PIL"}
 # What setup.cfg requires. Extras may be imported inside functions only.
 REQUIRED_PACKAGES = HUB_PACKAGES | {
@@ -92,25 +33,41 @@ SIDE_EFFECTS = re.compile(
     r"|manual_seed|\bseed|set_num_threads|set_default_dtype|set_float32_matmul_precision|matplotlib\.use"
 )
 LONGEST_FUNCTION = 50
+LONGEST_FILE = 400
 DEFERRED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)  # what does not run at import
 
-MODULES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py"))}
+
+def folder_and_name(module):
+    """("models", "heads") of "models/heads"; ("", "cli") of "cli"."""
+    folder, _, name = module.rpartition("/")
+    return folder, name
 
 
-def relative_imports(source):
-    """Names of sibling modules imported anywhere in a source, inside functions too."""
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    return {node.module for node in nodes if node.level == 1 and node.module}
+PATHS = sorted(SOURCE.rglob("*.py"))
+# "models/heads" and "cli": what is in them.
+MODULES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+HUB_MODULES = [module for module in MODULES if folder_and_name(module)[0] == HUB_FOLDER]
 
 
-def misshapen_imports(source):
-    """Imports of the package that are not `from .module import name`."""
+def relative_imports(source, folder=""):
+    """Modules of the package imported in a source of a folder, inside functions too, as `MODULES` has them."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            inside = f"{folder}/" if node.level == 1 and folder else ""
+            found.add(inside + node.module.replace(".", "/"))
+    return found
+
+
+def misshapen_imports(source, folder=""):
+    """Imports of the package that are not `from .module import name`, with the folder where it is another one."""
+    shape = re.compile(r"\.\w+|\.\.\w+(\.\w+)?" if folder else r"\.\w+(\.\w+)?")
     found = []
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
-            if node.level > 1 or (node.level == 1 and (not node.module or "." in node.module)):
+            if node.level and not (node.module and shape.fullmatch("." * node.level + node.module)):
                 found.append(ast.unparse(node))
         if not getattr(node, "level", 0) and any(name.split(".")[0] == "hf_shapley" for name in names):
             found.append(ast.unparse(node))
@@ -190,23 +147,26 @@ def import_cycle(graph):
 # ---- the package
 
 
-def test_every_module_has_a_layer():
-    assert sorted(set(MODULES) - set(LAYER_OF)) == []
+def rank(module):
+    """How far up a module is: it may import what ranks as high or lower."""
+    folder, name = folder_and_name(module)
+    return 0.5 if not folder and name in TOOLS else FOLDERS.index(folder)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
-    imported = {name for name in relative_imports(MODULES[module]) if (module, name) not in UPWARD}
-    assert {name for name in imported if LAYER_OF.get(name, 9) > LAYER_OF.get(module, -1)} == set()
+    imported = relative_imports(MODULES[module], folder_and_name(module)[0])
+    assert {name for name in imported if rank(name) > rank(module)} == set()
 
 
 def test_imports_have_no_cycle():
-    assert import_cycle({module: relative_imports(source) for module, source in MODULES.items()}) is None
+    graph = {module: relative_imports(source, folder_and_name(module)[0]) for module, source in MODULES.items()}
+    assert import_cycle(graph) is None
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_have_one_shape(module):
-    assert misshapen_imports(MODULES[module]) == []
+    assert misshapen_imports(MODULES[module], folder_and_name(module)[0]) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -229,19 +189,19 @@ def test_figures_stay_outside_of_pyplot(module):
     assert "pyplot" not in re.sub(r'""".*?"""', "", MODULES[module], flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("module", sorted(HUB_FILES & set(MODULES)))
+@pytest.mark.parametrize("module", HUB_MODULES)
 def test_hub_files_need_nothing_but_each_other(module):
     source = MODULES[module]
-    assert relative_imports(source) <= HUB_FILES
+    assert relative_imports(source, HUB_FOLDER) <= set(HUB_MODULES)
     assert packages(source, inside_try=False) <= HUB_PACKAGES
 
 
-@pytest.mark.parametrize("module", sorted(HUB_FILES & set(MODULES)))
+@pytest.mark.parametrize("module", HUB_MODULES)
 def test_hub_files_show_transformers_their_real_imports(module):
     source = MODULES[module]
     # transformers finds the files to copy by this pattern, which also matches inside docstrings.
     copied = re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE)
-    assert set(copied) == relative_imports(source)
+    assert {f"{HUB_FOLDER}/{name}" for name in copied} == relative_imports(source, HUB_FOLDER)
     # Annotations as strings would hide the config class of a model from transformers.
     assert "from __future__ import annotations" not in source
 
@@ -251,7 +211,9 @@ def test_hub_files_show_transformers_their_real_imports(module):
 
 def test_the_checks_see_what_they_forbid():
     assert relative_imports("def f():\n    from .losses import x") == {"losses"}
-    assert len(misshapen_imports("from . import x\nfrom ..a import y\nfrom .a.b import z\nimport hf_shapley.a")) == 4
+    assert relative_imports("from .a import x\nfrom ..b.c import y\nfrom ..d import z", "e") == {"e/a", "b/c", "d"}
+    assert len(misshapen_imports("from . import x\nfrom ..a import y\nfrom .a.b.c import z\nimport hf_shapley.a")) == 4
+    assert len(misshapen_imports("from . import x\nfrom ...a import y\nfrom .a.b import z", "e")) == 3
     assert misshapen_imports("from hf_shapley.a import x") == ["from hf_shapley.a import x"]
     assert misshapen_imports("from .a import x\nimport torch\nfrom transformers import y") == []
     source = "import os, gradio\ndef f():\n    import shap\ntry:\n    import captum\nexcept ImportError:\n    pass"

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from hf_shapley import coalition_label_loss, coalition_loss, paired_shapley_loss, shapley_loss
-from hf_shapley.coalitions import enumerate_coalitions, sample_coalitions, shapley_kernel_size_probabilities
-from hf_shapley.heads import scale_gradient
-from hf_shapley.losses import coalition_regression_loss
+from hf_shapley.models.coalitions import enumerate_coalitions, sample_coalitions, shapley_kernel_size_probabilities
+from hf_shapley.models.heads import scale_gradient
+from hf_shapley.training.losses import coalition_regression_loss
 
 PLAYERS, LABELS = 6, 3
 

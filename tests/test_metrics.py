@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_shapley.coalitions import enumerate_coalitions
-from hf_shapley.metrics import (
+from hf_shapley.faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
+from hf_shapley.faithfulness.metrics import (
     aopc_bounds,
     attribution_correlation,
     comprehensiveness_sufficiency,
@@ -28,7 +28,7 @@ from hf_shapley.metrics import (
     sample_uniform_sizes,
     sensitivity_n,
 )
-from hf_shapley.metrics_evaluate import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
+from hf_shapley.models.coalitions import enumerate_coalitions
 
 IMAGES, PLAYERS, LABELS = 3, 6, 4
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_shapley.hub import _add_tags
-from hf_shapley.model_card import (
+from hf_shapley.publishing.hub import _add_tags
+from hf_shapley.publishing.model_card import (
     MARKER,
     RECORD,
     ShapleyModelCard,

@@ -37,10 +37,10 @@ from hf_shapley import (
     sample_coalitions,
     upsample_attributions,
 )
-from hf_shapley.attribution_head import UNTRAINED, _check_copies
-from hf_shapley.coalitions import sum_over_coalitions
-from hf_shapley.heads import activated, learning_less
-from hf_shapley.modeling_shapley_convnext import ShapleyConvNextLayer
+from hf_shapley.models.coalitions import sum_over_coalitions
+from hf_shapley.models.heads import activated, learning_less
+from hf_shapley.models.modeling_shapley import UNTRAINED, _check_copies
+from hf_shapley.models.modeling_shapley_convnext import ShapleyConvNextLayer
 
 PLAYERS = 24
 SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}

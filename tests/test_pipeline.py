@@ -25,7 +25,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_shapley import ShapleyImageClassificationPipeline
-from hf_shapley.training_job import write_predictions
+from hf_shapley.jobs.training_job import write_predictions
 
 TASK = "shapley-image-classification"
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -465,7 +465,7 @@ def test_a_slow_site_is_given_up(classifier, site):
 
 
 def test_a_download_has_a_limit(classifier, site, monkeypatch):
-    monkeypatch.setattr("hf_shapley.pipeline_shapley.MAX_DOWNLOAD", 100)
+    monkeypatch.setattr("hf_shapley.models.pipeline_shapley.MAX_DOWNLOAD", 100)
     with pytest.raises(ValueError, match="more than 100 bytes"):
         classifier(f"{site}/picture.png")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_shapley import enumerate_coalitions, exact_shapley, kernel_shapley, refine, verdict
-from hf_shapley.posterior import _Process, shapley_posterior
+from hf_shapley.models.posterior import _Process, shapley_posterior
 
 
 def smooth_game(num_players: int, labels: int = 3, seed: int = 0):

@@ -12,7 +12,7 @@ from conftest import make_model
 from transformers import PrinterCallback
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
-from hf_shapley.checkpoints import (
+from hf_shapley.training.checkpoints import (
     complete_checkpoint,
     discard_surplus_checkpoints,
     last_complete_checkpoint,

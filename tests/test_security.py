@@ -178,7 +178,7 @@ def test_code_of_an_image_processor_is_not_even_offered(tmp_path, trace, monkeyp
 
 def test_the_package_unpickles_and_evaluates_nothing():
     forbidden = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "subprocess"}
-    for path in (ROOT / "src" / "hf_shapley").glob("*.py"):
+    for path in (ROOT / "src" / "hf_shapley").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PrinterCallback
 
 from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
-from hf_shapley.attribution_head import UNTRAINED
-from hf_shapley.heads import ZeroLinear
-from hf_shapley.hub import with_what_holds
-from hf_shapley.training_card import _last_evaluation, _metrics
+from hf_shapley.models.heads import ZeroLinear
+from hf_shapley.models.modeling_shapley import UNTRAINED
+from hf_shapley.publishing.hub import with_what_holds
+from hf_shapley.publishing.training_card import _last_evaluation, _metrics
 
 ROWS = [{"pixel_values": torch.full((3, 16, 24), float(row)), "labels": torch.tensor(row)} for row in range(4)]
 

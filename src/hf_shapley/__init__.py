@@ -14,32 +14,9 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
-from .attribution_head import ShapleyImageClassifierOutput, upsample_attributions
-from .certificate import AttributionCertificate, attribution_error_certificate
-from .checkpoints import last_complete_checkpoint
-from .coalitions import (
-    coalitions_to_ids,
-    enumerate_coalitions,
-    ids_to_coalitions,
-    importance_weights,
-    ranked_coalitions,
-    sample_coalitions,
-    shapley_kernel_size_probabilities,
-)
-from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
-from .estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
-from .heads import AttributionHead
-from .hub import push_to_hub
-from .images import load_image, to_rgb
-from .losses import (
-    coalition_label_loss,
-    coalition_loss,
-    coalition_regression_loss,
-    paired_residual_loss,
-    paired_shapley_loss,
-    shapley_loss,
-)
-from .metrics import (
+from .faithfulness.certificate import AttributionCertificate, attribution_error_certificate
+from .faithfulness.estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
+from .faithfulness.metrics import (
     Agreement,
     BatchedGame,
     Erasure,
@@ -60,15 +37,25 @@ from .metrics import (
     sample_uniform_sizes,
     sensitivity_n,
 )
-from .model_card import ShapleyModelCard, ShapleyModelCardData, render_model_card, write_model_card
-from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
-from .modeling_shapley_vit import ShapleyViTForImageClassification
-from .pipeline_shapley import TASK, ShapleyImageClassificationPipeline
-from .posterior import verdict
-from .recipes import fine_tuning_recipe, refinement_recipe
-from .refinement import refine
-from .version import __version__
-from .visualization import (
+from .faithfulness.refinement import refine
+from .models.coalitions import (
+    coalitions_to_ids,
+    enumerate_coalitions,
+    ids_to_coalitions,
+    importance_weights,
+    ranked_coalitions,
+    sample_coalitions,
+    shapley_kernel_size_probabilities,
+)
+from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .models.heads import AttributionHead
+from .models.images import load_image, to_rgb
+from .models.modeling_shapley import ShapleyImageClassifierOutput, upsample_attributions
+from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_vit import ShapleyViTForImageClassification
+from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
+from .models.posterior import verdict
+from .models.visualization import (
     attribution_figure,
     attribution_grid,
     map_colours,
@@ -77,24 +64,37 @@ from .visualization import (
     processor_geometry,
     symmetric_scale,
 )
+from .publishing.hub import push_to_hub
+from .publishing.model_card import ShapleyModelCard, ShapleyModelCardData, render_model_card, write_model_card
+from .training.checkpoints import last_complete_checkpoint
+from .training.losses import (
+    coalition_label_loss,
+    coalition_loss,
+    coalition_regression_loss,
+    paired_residual_loss,
+    paired_shapley_loss,
+    shapley_loss,
+)
+from .training.recipes import fine_tuning_recipe, refinement_recipe
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .dataset_explanations import ExplanationRun, explain_dataset, load_explanations
-    from .digits import digits_dataset, train_digits_model
-    from .export import export_onnx, export_program
-    from .interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
-    from .metrics_evaluate import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
-    from .trainer import ShapleyTrainer, ShapleyTrainingArguments
+    from .faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
+    from .publishing.dataset_explanations import ExplanationRun, explain_dataset, load_explanations
+    from .publishing.export import export_onnx, export_program
+    from .publishing.interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
+    from .training.digits import digits_dataset, train_digits_model
+    from .training.trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 # Loaded when first asked for: they need `datasets`, `evaluate`, the Trainer or the exporter, which whoever only
 # classifies and explains would wait for, and hold 100 MB of, in vain.
 _LAZY = {
-    "dataset_explanations": ["ExplanationRun", "explain_dataset", "load_explanations"],
-    "digits": ["digits_dataset", "train_digits_model"],
-    "export": ["export_onnx", "export_program"],
-    "interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
-    "metrics_evaluate": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],
-    "trainer": ["ShapleyTrainer", "ShapleyTrainingArguments"],
+    "publishing.dataset_explanations": ["ExplanationRun", "explain_dataset", "load_explanations"],
+    "training.digits": ["digits_dataset", "train_digits_model"],
+    "publishing.export": ["export_onnx", "export_program"],
+    "publishing.interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
+    "faithfulness.evaluate_metrics": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],
+    "training.trainer": ["ShapleyTrainer", "ShapleyTrainingArguments"],
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -199,8 +199,8 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     """Make the Auto classes and pipelines of transformers know our models, and our models know our cards."""
-    from .hub import push_with_card
     from .loading import ModelForPipeline
+    from .publishing.hub import push_with_card
 
     families = [
         (ShapleyViTConfig, ShapleyViTForImageClassification, ViTImageProcessorPil),

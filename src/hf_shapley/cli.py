@@ -83,7 +83,7 @@ def _add_demo(commands) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .demo import DemoSettings, run_demo
+    from .jobs.demo import DemoSettings, run_demo
 
     settings = DemoSettings(options.backbone, options.seeds, options.epochs, options.images, options.output)
     with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs; stdout is for the results alone.
@@ -106,13 +106,13 @@ def _add_train(commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .training_job import main as train
+    from .jobs.training_job import main as train
 
     train([*options.rest, "--help"] if options.all_options else options.rest)
 
 
 def _add_evaluate(commands) -> None:
-    from .evaluation_job import add_arguments, run
+    from .jobs.evaluation_job import add_arguments, run
 
     evaluate = _add_command(
         commands,
@@ -158,9 +158,9 @@ def _add_explain(commands) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from .images import load_image
-    from .pipeline_shapley import check_evaluations, pixel_values_of, score_function
-    from .visualization import attribution_figure, processor_geometry
+    from .models.images import load_image
+    from .models.pipeline_shapley import check_evaluations, pixel_values_of, score_function
+    from .models.visualization import attribution_figure, processor_geometry
 
     if Path(options.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         raise ValueError(f"`--output` must end in .png, .jpg, .svg or .pdf, got {options.output!r}.")
@@ -193,7 +193,7 @@ def _answer(model, pixels, labels, asked: dict[str, int]) -> tuple[list[dict], A
     """What a model says of one picture, a row for each label asked for, and their maps (labels, h, w)."""
     import torch
 
-    from .pipeline_shapley import asked_of_the_game, check_in_words, label_scores
+    from .models.pipeline_shapley import asked_of_the_game, check_in_words, label_scores
 
     with torch.no_grad():
         outputs = model(pixels, attributed=labels)
@@ -250,7 +250,7 @@ def _add_push(commands) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from .hub import card_of, push_to_hub
+    from .publishing.hub import card_of, push_to_hub
 
     results = _read_results(options.results) if options.results else None
     model, processor = _load(options.model)

@@ -3,7 +3,7 @@
 import sys
 from typing import Any, TextIO
 
-from .checks import printable
+from .models.checks import printable
 
 
 def say(text: Any, *, file: TextIO | None = None) -> None:

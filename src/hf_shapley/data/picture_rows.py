@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Image
 
-from .images import load_image
+from ..models.images import load_image
 
 
 class PictureRows(torch.utils.data.Dataset):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .checks import check_number
+from ..models.checks import check_number
 
 # The influence head, at a cost of about a hundredth of the forward: a ViT's own layer takes the place of the last one,
 # which is then run for CLS alone; ConvNeXt has no such saving, and narrow convolutions serve it nearly as well.

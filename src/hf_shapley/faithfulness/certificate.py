@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import check_callable, check_count, check_finite, check_floats, check_number
+from ..models.checks import check_callable, check_count, check_finite, check_floats, check_number
 from .estimators import Game, ShapleyEstimate, kernel_shapley, permutation_shapley
 
 

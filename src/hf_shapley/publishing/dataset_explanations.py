@@ -29,12 +29,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .attribution_head import _evaluating
-from .checks import check_count, describe
-from .dataset_images import fetched, file_sha256, fingerprint, read_pictures, stored_mode, undecoded
-from .files import DRAFT, whole_file
-from .images import load_image
-from .pipeline_shapley import label_scores, pixel_values_of
+from ..data.dataset_images import fetched, file_sha256, fingerprint, read_pictures, stored_mode, undecoded
+from ..files import DRAFT, whole_file
+from ..models.checks import check_count, describe
+from ..models.images import load_image
+from ..models.modeling_shapley import _evaluating
+from ..models.pipeline_shapley import label_scores, pixel_values_of
 
 MANIFEST = "manifest.json"
 PART = "part-{:05d}.parquet"

@@ -10,11 +10,11 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .attribution_head import _evaluating
-from .checks import check_finite, check_floats, known_labels
-from .dataset_images import read_pictures, undecoded
-from .labels import given_names, ids_by_name
-from .pipeline_shapley import pixel_values_of
+from ..data.dataset_images import read_pictures, undecoded
+from ..data.labels import given_names, ids_by_name
+from ..models.checks import check_finite, check_floats, known_labels
+from ..models.modeling_shapley import _evaluating
+from ..models.pipeline_shapley import pixel_values_of
 
 if TYPE_CHECKING:
     from shap import Explanation

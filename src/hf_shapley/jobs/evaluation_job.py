@@ -16,13 +16,9 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from .certificate import attribution_error_certificate
-from .dataset_images import undecoded
-from .digits import digits_dataset, train_digits_model
-from .evaluation_card import evaluation_entries
-from .files import whole_file
-from .images import load_image
-from .metrics import (
+from ..data.dataset_images import undecoded
+from ..faithfulness.certificate import attribution_error_certificate
+from ..faithfulness.metrics import (
     BatchedGame,
     Link,
     comprehensiveness_sufficiency,
@@ -31,8 +27,12 @@ from .metrics import (
     insertion_deletion,
     interaction_share,
 )
-from .pipeline_shapley import pixel_values_of, score_function
-from .terminal import say
+from ..files import whole_file
+from ..models.images import load_image
+from ..models.pipeline_shapley import pixel_values_of, score_function
+from ..publishing.evaluation_card import evaluation_entries
+from ..terminal import say
+from ..training.digits import digits_dataset, train_digits_model
 
 MEANINGS = {
     "insertion_auc": "probability as the best patches come, higher is better",

@@ -10,8 +10,8 @@ from datasets import Dataset, Image, IterableDataset
 from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
 
-from .images import load_image, to_rgb
-from .visualization import check_enlargement
+from ..models.images import load_image, to_rgb
+from ..models.visualization import check_enlargement
 
 logger = logging.getLogger(__name__)
 

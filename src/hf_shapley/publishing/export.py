@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .attribution_head import _evaluating
-from .checks import check_pair
-from .files import whole_file
+from ..files import whole_file
+from ..models.checks import check_pair
+from ..models.modeling_shapley import _evaluating
 
 OUTPUTS = ("logits", "attributions")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import (
+from ..models.checks import (
     check_callable,
     check_count,
     check_data,
@@ -29,7 +29,7 @@ from .checks import (
     check_sequence,
     describe,
 )
-from .coalitions import check_coalitions, enumerate_coalitions, ranked_coalitions, sample_coalitions
+from ..models.coalitions import check_coalitions, enumerate_coalitions, ranked_coalitions, sample_coalitions
 
 BatchedGame = Callable[[Tensor], Tensor]
 Link = Literal["probability", "sigmoid", "logit"]

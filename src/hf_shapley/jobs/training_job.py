@@ -28,17 +28,17 @@ from transformers import (
 )
 from transformers.hf_argparser import string_to_bool
 
-from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
-from .dataset_images import undecoded
-from .digits import digits_dataset, label_maps
-from .files import whole_file
-from .images import load_image
-from .labels import class_names, given_names, ids_by_name, row_names
-from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
-from .modeling_shapley_vit import ShapleyViTForImageClassification
-from .pipeline_shapley import label_scores, pixel_values_of
-from .recipes import fine_tuning_recipe, refinement_recipe
-from .trainer import ShapleyTrainer, ShapleyTrainingArguments
+from ..data.dataset_images import undecoded
+from ..data.labels import class_names, given_names, ids_by_name, row_names
+from ..files import whole_file
+from ..models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from ..models.images import load_image
+from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from ..models.modeling_shapley_vit import ShapleyViTForImageClassification
+from ..models.pipeline_shapley import label_scores, pixel_values_of
+from ..training.digits import digits_dataset, label_maps
+from ..training.recipes import fine_tuning_recipe, refinement_recipe
+from ..training.trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 logger = logging.getLogger(__name__)
 

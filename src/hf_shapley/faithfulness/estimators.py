@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checks import check_callable, check_count, check_finite, check_floats, check_generator
-from .coalitions import importance_weights, ranked_coalitions, sample_coalitions
+from ..models.checks import check_callable, check_count, check_finite, check_floats, check_generator
+from ..models.coalitions import importance_weights, ranked_coalitions, sample_coalitions
 
 Game = Callable[[Tensor], Tensor]
 

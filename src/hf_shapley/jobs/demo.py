@@ -31,17 +31,17 @@ from transformers import (
     set_seed,
 )
 
-from .configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
-from .digits import SHORT_RUN, digits_dataset, label_maps, trainable
-from .estimators import exact_shapley
-from .files import whole_file
-from .metrics import attribution_correlation, error_ratio
-from .model_card import render_model_card, write_model_card
-from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
-from .modeling_shapley_vit import ShapleyViTForImageClassification
-from .terminal import say
-from .trainer import ShapleyTrainer, ShapleyTrainingArguments
-from .visualization import _matplotlib, attribution_grid
+from ..faithfulness.estimators import exact_shapley
+from ..faithfulness.metrics import attribution_correlation, error_ratio
+from ..files import whole_file
+from ..models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from ..models.modeling_shapley_vit import ShapleyViTForImageClassification
+from ..models.visualization import _matplotlib, attribution_grid
+from ..publishing.model_card import render_model_card, write_model_card
+from ..terminal import say
+from ..training.digits import SHORT_RUN, digits_dataset, label_maps, trainable
+from ..training.trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 # 4 x 4 = 16 players each, so that all 65,536 coalitions can be evaluated.
 BACKBONES = {
@@ -253,7 +253,7 @@ def _results(settings: DemoSettings, runs: list[dict], seconds: float) -> dict:
 
 
 def card_results(results: dict) -> dict:
-    """The demo's results in the form that `hf_shapley.model_card` renders."""
+    """The demo's results in the form that `hf_shapley.publishing.model_card` renders."""
     seeds, images = results["seeds"], results["images"]
     by_seed = {"seeds": seeds} if seeds > 1 else {}
     accuracy = {"group": "Classification", "type": "accuracy", "better": "higher"}

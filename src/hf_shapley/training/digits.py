@@ -10,8 +10,8 @@ from PIL import Image as PILImage
 from torch import Tensor
 from transformers import PrinterCallback, ViTImageProcessorPil
 
-from .configuration_shapley import ShapleyConvNextConfig
-from .modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from ..models.configuration_shapley import ShapleyConvNextConfig
+from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 TEST_FRACTION = 0.25

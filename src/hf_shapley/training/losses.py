@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_count, check_device, check_floats, check_label_ids
-from .coalitions import check_coalitions, sum_over_coalitions
+from ..models.checks import check_count, check_device, check_floats, check_label_ids
+from ..models.coalitions import check_coalitions, sum_over_coalitions
 
 
 def shapley_loss(attributions: Tensor, coalitions: Tensor, gains: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from transformers.models.vit.modeling_vit import (
     eager_attention_forward,
 )
 
-from .attribution_head import ShapleyImageClassifierMixin, check_grid
 from .configuration_shapley import ShapleyViTConfig
 from .heads import (
     AttributionHead,
@@ -26,6 +25,7 @@ from .heads import (
     learning_less,
     scale_gradient,
 )
+from .modeling_shapley import ShapleyImageClassifierMixin, check_grid
 
 # What can hide players from each other; others would ignore the mask, and hidden pixels would leak.
 MASKING_BACKENDS = ("eager", "sdpa", "flex_attention")

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_floats
+from ..models.checks import check_finite, check_floats
+from ..models.posterior import coalitions_to_ask, shapley_posterior
 from .estimators import (
     CheckedGame,
     Game,
@@ -14,7 +15,6 @@ from .estimators import (
     exact_estimate,
     with_complements,
 )
-from .posterior import coalitions_to_ask, shapley_posterior
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .files import whole_file
+from ..files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,9 @@ def write_model_card(path: str | os.PathLike, card: str | ModelCard) -> bool:
     """
     text = str(card)
     if MARKER not in text:
-        raise ValueError("`card` must hold `hf_shapley.model_card.MARKER`: render it with `render_model_card`.")
+        raise ValueError(
+            "`card` must hold `hf_shapley.publishing.model_card.MARKER`: render it with `render_model_card`."
+        )
     path = Path(path)
     target = path / "README.md" if path.is_dir() else path
     if target.is_file() and not is_generated(target.read_text(encoding="utf-8", errors="replace")):

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from .configuration_shapley import ShapleyConfigMixin
-from .heads import is_own_part
+from ..models.configuration_shapley import ShapleyConfigMixin
+from ..models.heads import is_own_part
 from .hub import label_names, with_what_holds
 from .model_card import ShapleyModelCardData, render_model_card
 

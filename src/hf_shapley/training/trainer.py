@@ -18,18 +18,18 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, has_length
 
-from .attribution_head import ShapleyImageClassifierOutput
-from .certificate import attribution_error_certificate
+from ..data.labels import check_labels_of_checkpoint
+from ..data.picture_rows import named_pictures
+from ..faithfulness.certificate import attribution_error_certificate
+from ..models.checks import check_count, check_number
+from ..models.coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
+from ..models.heads import is_own_part, scale_gradient, weight_of
+from ..models.modeling_shapley import ShapleyImageClassifierOutput
+from ..publishing.hub import keep_card_of_hub
+from ..publishing.model_card import write_model_card
+from ..publishing.training_card import render_training_card
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
-from .checks import check_count, check_number
-from .coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
-from .heads import is_own_part, scale_gradient, weight_of
-from .hub import keep_card_of_hub
-from .labels import check_labels_of_checkpoint
 from .losses import coalition_label_loss, coalition_loss, coalition_regression_loss, paired_residual_loss
-from .model_card import write_model_card
-from .picture_rows import named_pictures
-from .training_card import render_training_card
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextModel, ConvNextPreTrainedModel
 
-from .attribution_head import ShapleyImageClassifierMixin, check_grid
 from .coalitions import sum_over_coalitions
 from .configuration_shapley import ShapleyConvNextConfig
 from .heads import (
@@ -23,6 +22,7 @@ from .heads import (
     learning_less,
     scale_gradient,
 )
+from .modeling_shapley import ShapleyImageClassifierMixin, check_grid
 
 
 class _Apart(torch.autograd.Function):

@@ -1,0 +1,1 @@
+"""Data sets as they come: labels, rows, pictures."""

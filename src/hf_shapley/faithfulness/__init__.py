@@ -1,0 +1,1 @@
+"""Shapley values of any game, and how faithful attributions are."""

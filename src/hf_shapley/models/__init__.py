@@ -1,0 +1,1 @@
+"""Models, and everything that travels with a checkpoint."""

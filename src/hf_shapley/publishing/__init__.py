@@ -1,0 +1,1 @@
+"""Cards, the Hub, exports, bridges and explained data sets."""
