@@ -48,9 +48,10 @@ from .models.coalitions import (
     shapley_kernel_size_probabilities,
 )
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .models.explaining import upsample_attributions
 from .models.heads import AttributionHead
 from .models.images import load_image, to_rgb
-from .models.modeling_shapley import ShapleyImageClassifierOutput, upsample_attributions
+from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline

@@ -14,9 +14,9 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .checks import check_count, check_number, describe
 
-ATTRIBUTION_HEADS = ("votes", "votes+influence")
 INFLUENCE_BLOCKS = ("mlp", "convolution", "backbone")
-VOTE_READOUTS = ("patches", "pooled")
+VOTE_READOUTS = ("pooled", "patches")
+FORMER_OPTIONS = ("attribution_head", "vote_layers", "vote_gradient", "influence_gradient", "coalition_gradient")
 SIZES = (
     "hidden_size",
     "hidden_sizes",
@@ -39,41 +39,33 @@ class ShapleyConfigMixin:
     """Options shared by both backbones.
 
     Args:
-        attribution_head: "votes" (attributions are the patches' votes) or "votes+influence" (an influence head adds a
-            correction to what the classifier reads of each patch, of which the classifier's own weights then make
-            attributions; it sums to zero over the players: attributions can differ from votes, their sum cannot).
-        vote_readout: "patches" (the classifier reads every patch token) or "pooled" (it reads what the stock model
-            reads, ViT's CLS or ConvNeXt's mean over cells, and the present patches share that vote evenly: a plain
-            checkpoint keeps its predictions; needs "votes+influence", which tells the patches apart).
-        vote_layers: depth of the residual MLP before the classifier; 0 applies the stock classifier to the tokens.
-        influence_layers: blocks of the influence head, at least 1, or 0 where it has own layers; used with
-            "votes+influence" only.
+        vote_readout: "pooled" (the classifier reads what the stock model reads, such as ViT's CLS or ConvNeXt's mean
+            over cells, so that a plain checkpoint keeps its predictions; needs an influence head, which tells the
+            patches apart) or "patches" (it reads every patch's token, and attributions start as the patches' votes).
+        influence_own_layers: how many of the backbone's last layers the influence head has its own copies of: it reads
+            the tokens from before those layers, and from a plain checkpoint starts with what they have learned.
+            ConvNeXt: of the last stage's. One costs a ViT little, whose last layer then has CLS alone to compute. None
+            = the backbone's recommended head: ViT 1, ConvNeXt 0.
+        influence_layers: blocks of the influence head, after its own layers. None: ViT 0, ConvNeXt 5. Without blocks
+            and own layers there is no influence head: with `vote_readout="patches"` attributions are patches' votes.
         influence_block: "mlp" (each token by itself), "convolution" (narrow ConvNeXt layers, which mix tokens at
-            little cost) or "backbone" (ViT or ConvNeXt layers).
-        influence_own_layers: how many of the backbone's last layers the influence head has its own copies of, ahead of
-            its blocks: it reads the tokens from before those layers, and from a plain checkpoint starts with what they
-            have learned. ConvNeXt: of the last stage's. With ViT's "pooled" readout, where the classifier's last layer
-            then has CLS alone to compute, one own layer costs little.
-        vote_gradient: share of the gradient of the attributions that reaches the votes while training, 0 to 1;
-            None means 1 for "votes" and 0 for "votes+influence". Logits are never affected.
-        influence_gradient: share of the gradient of the influence head that reaches the backbone's tokens, 0 to 1.
-        coalition_gradient: share of the gradient of v(S) that reaches the classifier's own weights while training, 0
-            to 1; coalition adapters get all of it. With 0, and `influence_gradient=0`, the labels alone teach the
-            classifier.
-        coalition_adapter_size: width of the adapters after every layer that act where players are absent and not at
-            all on the full image: masked predictions can learn while the classifier stays what it is. 0 = none.
+            little cost) or "backbone" (ViT or ConvNeXt layers). None: ViT "mlp", ConvNeXt "convolution".
+        attribution_gradient: whether learning to be explained teaches the classifier what its patches say: the
+            gradient of the attributions reaches its tokens and weights. For training from scratch; a checkpoint pays
+            for it with accuracy. Without an influence head it always does.
+        coalition_adapter_size: width of adapters after every layer that act where players are absent and not at
+            all on the full image: what is explained is then the game of the classifier with them. 0 = none.
     """
 
-    attribution_head: str = "votes"
-    vote_readout: str = "patches"
-    vote_layers: int = 0
-    influence_layers: int = 2
-    influence_block: str = "mlp"
-    influence_own_layers: int = 0
-    vote_gradient: float | int | None = None
-    influence_gradient: float | int = 1.0
-    coalition_gradient: float | int = 1.0
+    vote_readout: str = "pooled"
+    influence_own_layers: int | None = None
+    influence_layers: int | None = None
+    influence_block: str | None = None
+    attribution_gradient: bool = False
     coalition_adapter_size: int = 0
+
+    # What None stands for.
+    recommended_head: ClassVar[dict[str, Any]] = {}
 
     # Trainer's evaluation would otherwise gather every attribution of the data set (images x players x labels).
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
@@ -93,6 +85,10 @@ class ShapleyConfigMixin:
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             # The library registers its own pipeline: a repository's copy of it, and trust in that, is not needed.
             kwargs.pop("custom_pipelines", None)
+        kwargs = self._of_former_options(kwargs)
+        for name, value in self.recommended_head.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         self._check_backbone()
         self._check_maps()
         if not self.id2label and kwargs.get("num_labels") is not None:
@@ -160,30 +156,41 @@ class ShapleyConfigMixin:
                 )
         self.label2id = {label: int(index) for label, index in self.label2id.items()}
 
+    def _of_former_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take options of a head as version 0.1.0 stored them; return the others."""
+        former = {name: kwargs.pop(name) for name in list(kwargs) if name in FORMER_OPTIONS}
+        if former.get("vote_layers"):
+            raise ValueError("`vote_layers` is no option any more: load this checkpoint with version 0.1.0.")
+        if former.get("attribution_head") == "votes":
+            self.influence_layers = self.influence_own_layers = 0
+            self.vote_readout = "patches"
+        if former.get("attribution_head") == "votes+influence":
+            self.attribution_gradient = bool(former.get("vote_gradient"))
+            self.influence_own_layers = self.influence_own_layers or 0
+        return kwargs
+
+    @property
+    def has_influence_head(self) -> bool:
+        """Whether a head corrects what patches vote."""
+        return self.influence_own_layers + self.influence_layers > 0
+
     def check_head(self) -> None:
         """Refuse unknown options of the attribution head; models ask again, as options can be set after creation."""
-        if self.attribution_head not in ATTRIBUTION_HEADS:
-            raise ValueError(f"`attribution_head` must be one of {ATTRIBUTION_HEADS}, got {self.attribution_head!r}.")
-        if self.influence_block not in INFLUENCE_BLOCKS:
-            raise ValueError(f"`influence_block` must be one of {INFLUENCE_BLOCKS}, got {self.influence_block!r}.")
-        if self.vote_readout not in VOTE_READOUTS:
-            raise ValueError(f"`vote_readout` must be one of {VOTE_READOUTS}, got {self.vote_readout!r}.")
-        if self.vote_readout == "pooled" and self.attribution_head == "votes":
+        for name, choices in (("influence_block", INFLUENCE_BLOCKS), ("vote_readout", VOTE_READOUTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name in ("influence_own_layers", "influence_layers", "coalition_adapter_size"):
+            check_count(getattr(self, name), name, 0)
+        if self.vote_readout == "pooled" and not self.has_influence_head:
             raise ValueError(
-                '`vote_readout="pooled"` gives all patches the same vote: set `attribution_head="votes+influence"`.'
+                '`vote_readout="pooled"` gives all patches the same vote: set `influence_layers` or '
+                "`influence_own_layers` above 0."
             )
-        check_count(self.vote_layers, "vote_layers", 0)
-        check_count(self.influence_own_layers, "influence_own_layers", 0)
-        check_count(self.coalition_adapter_size, "coalition_adapter_size", 0)
-        check_count(self.influence_layers, "influence_layers", 0 if self.influence_own_layers else 1)
         if self.influence_own_layers > self._last_layers():
             raise ValueError(
                 f"`influence_own_layers` must be at most {self._last_layers()}, the layers there are to copy, "
                 f"got {self.influence_own_layers}."
             )
-        for name in ("vote_gradient", "influence_gradient", "coalition_gradient"):
-            if name != "vote_gradient" or self.vote_gradient is not None:
-                check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
 
     @classmethod
     def check_stored_sizes(cls, name: str | os.PathLike, **options: Any) -> None:
@@ -226,12 +233,11 @@ class ShapleyConfigMixin:
         needed, widths, layer = cls._fewest_of_backbone(sizes)
         hidden = widths[-1][1]
         needed["num_labels"] = hidden * max(sizes("num_labels")[0], len(stored.get("id2label") or ()))
-        needed["vote_layers"] = sizes("vote_layers")[0] * 8 * hidden**2
         needed["coalition_adapter_size"] = sizes("coalition_adapter_size")[0] * sum(
             2 * n * width for n, width in widths
         )
-        if stored.get("attribution_head") == "votes+influence":
-            block = {"mlp": 8 * hidden**2, "convolution": 49 * hidden, "backbone": layer}
+        block = {"mlp": 8 * hidden**2, "convolution": 49 * hidden, "backbone": layer}
+        if stored.get("attribution_head") != "votes":  # which version 0.1.0 stored beside layers that there were not
             needed["influence_layers"] = sizes("influence_layers")[0] * block.get(stored.get("influence_block"), 0)
             needed["influence_own_layers"] = sizes("influence_own_layers")[0] * layer
         return needed
@@ -298,6 +304,7 @@ class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
 
     model_type = "shapley-vit"
     plain_model_type = "vit"
+    recommended_head = {"influence_own_layers": 1, "influence_layers": 0, "influence_block": "mlp"}
 
     def _last_layers(self) -> int:
         return self.num_hidden_layers
@@ -321,6 +328,7 @@ class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
 
     model_type = "shapley-convnext"
     plain_model_type = "convnext"
+    recommended_head = {"influence_own_layers": 0, "influence_layers": 5, "influence_block": "convolution"}
 
     def _last_layers(self) -> int:
         return self.depths[-1]

@@ -1,69 +1,15 @@
 """What an attribution head is made of, and the arithmetic around it: modules and plain functions, no model."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .checks import may_be_read
 from .coalitions import sum_over_coalitions
-
-
-def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
-    """Return `tensor` unchanged, with `scale` times its gradient: 1 lets it flow, 0 detaches."""
-    if scale == 1:
-        return tensor
-    detached = tensor.detach()
-    return detached if scale == 0 else detached + scale * (tensor - detached)
-
-
-def _is_alone(module: nn.Module) -> bool:
-    """Whether the module is nothing but its class's forward: no hook sees what it takes or gives."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
-    return not (any(hooks) or "forward" in vars(module))
-
-
-def activated(act: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
-    """`act(hidden)`, in place where it is GELU and nothing else needs `hidden`, which the linear layer `source` made.
-
-    The hidden tensor is the largest of a layer: to touch new memory of its size takes a CPU longer than GELU does.
-    """
-    known = getattr(act, "act", None) is nn.functional.gelu and type(source) is nn.Linear
-    if hidden.requires_grad or not (may_be_read(hidden) and known and _is_alone(act) and _is_alone(source)):
-        return act(hidden)
-    return torch.ops.aten.gelu_(hidden)
-
-
-def learning_less(module: nn.Module, share: float) -> Callable:
-    """The module as a function whose weights get `share` of their gradient; its input still gets all of its own."""
-    if share == 1 or not torch.is_grad_enabled():
-        return module
-    # Frozen weights stay what they are: a quantised layer's are more than a tensor.
-    learning = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-    if not learning:
-        return module
-    weights = {name: scale_gradient(weight, share) for name, weight in learning.items()}
-    if _is_alone(module):
-        # The same. To exchange a module's weights takes the host longer than to launch its kernel.
-        every = {**dict(module.named_parameters()), **weights}
-        if type(module) is nn.Linear:
-            return partial(nn.functional.linear, **every)
-        if type(module) is nn.LayerNorm:
-            shape = module.normalized_shape
-            return partial(nn.functional.layer_norm, normalized_shape=shape, eps=module.eps, **every)
-    return lambda *args: torch.func.functional_call(module, weights, args)
-
-
-def dtype_of_products(tensor: Tensor) -> torch.dtype:
-    """What matrix products and convolutions of a tensor compute in: its own dtype, or autocast's, if not float64."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
+from .speed import activated, is_alone
 
 
 class ZeroLinear(nn.Linear):
@@ -133,11 +79,11 @@ class CoalitionAdapter(nn.Module):
 
 
 class AttributionHead(nn.Module):
-    """Patch tokens to the Shapley values Phi (N, D) of the readout, up to the even share that makes their sum exact.
+    """Patch tokens to the Shapley values Phi (N, D') of the readout, up to the even share that makes their sum exact.
 
-    Player i has an N-th of z_all - z_empty, plus a term that sums to zero over the players: with "votes" what sets its
-    own token apart from the mean, with "votes+influence" a correction on top, which this head reads from the tokens.
-    The classifier's weights make attributions of it, for any label: nothing here knows the labels.
+    Player i has an N-th of z_all - z_empty, plus a term that sums to zero over the players: what sets its own token
+    apart from the mean where patches vote one by one, and a correction, which this head reads from the tokens, unless
+    it has no layers. The classifier's weights make attributions of it, for any label: nothing here knows the labels.
 
     Exactly, the Shapley value of player i is the mean of its own vote over the coalitions that hold it, plus the mean
     of its influence on the votes of others. The second part is what the correction learns.
@@ -147,25 +93,23 @@ class AttributionHead(nn.Module):
         hidden_size: D, width of the tokens.
         make_block: builds one backbone layer that takes (tokens, grid); for `influence_block="backbone"` and the
             layers of the influence head's own.
+        readout_size: D', width of what the classifier reads; D by default.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, make_block: Callable[[], nn.Module]):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        hidden_size: int,
+        make_block: Callable[[], nn.Module],
+        readout_size: int | None = None,
+    ):
         super().__init__()
         config.check_head()
-        self.hidden_size = hidden_size
+        self.readout_size = hidden_size if readout_size is None else readout_size
         self.pooled = config.vote_readout == "pooled"
-        self.vote_gradient = config.vote_gradient
-        if self.vote_gradient is None:
-            self.vote_gradient = 1.0 if config.attribution_head == "votes" else 0.0
-        self.influence_gradient = config.influence_gradient
-        self.coalition_gradient = config.coalition_gradient
-        self.vote_blocks = nn.ModuleList(
-            ResidualMLP(hidden_size, config.hidden_act) for _ in range(config.vote_layers)
-        )
+        self.own_layers = config.influence_own_layers
         self.correction = None
-        self.own_layers = 0
-        if config.attribution_head == "votes+influence":
-            self.own_layers = config.influence_own_layers
+        if config.has_influence_head:
             if self.own_layers:
                 self.own_blocks = nn.ModuleList(make_block() for _ in range(self.own_layers))
                 self.own_norm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
@@ -174,24 +118,24 @@ class AttributionHead(nn.Module):
                 kind(hidden_size, config.hidden_act) if kind else make_block() for _ in range(config.influence_layers)
             )
             self.influence_norm = nn.LayerNorm(hidden_size)
-            self.correction = ZeroLinear(hidden_size, hidden_size, bias=False)
+            self.correction = ZeroLinear(hidden_size, self.readout_size, bias=False)
+        # Without a correction the attributions have nothing else to learn with.
+        self.gradient_flows = config.attribution_gradient or self.correction is None
 
-    def vote_tokens(self, tokens: Tensor, share: float = 1.0) -> Tensor:
-        """Tokens as the classifier reads them, (..., D) -> (..., D); the weights get `share` of the gradient."""
-        for block in self.vote_blocks:
-            tokens = learning_less(block, share)(tokens)
-        return tokens
+    def flowing(self, tensor: Tensor) -> Tensor:
+        """What attributions read of the classifier, with its gradient only where that may teach the classifier."""
+        return tensor if self.gradient_flows else tensor.detach()
 
     def readouts(self, tokens: Tensor, members: Tensor, empty: Tensor) -> Tensor:
         """What the classifier reads of coalitions.
 
         Args:
-            tokens: that vote, of the players, (..., N, D); "pooled" of the coalitions, (..., G, D).
+            tokens: that vote, of the players, (..., N, D'); "pooled" of the coalitions, (..., G, D').
             members: bool (..., G, N), True = member.
-            empty: readout of the empty coalition, (D).
+            empty: readout of the empty coalition, (D').
 
         Returns:
-            (..., G, D), at least float32.
+            (..., G, D'), at least float32.
         """
         if not self.pooled:
             return sum_over_coalitions(members, tokens) / members.shape[-1]
@@ -203,23 +147,23 @@ class AttributionHead(nn.Module):
 
         Args:
             tokens: of the players, that the influence head reads, (B, N, D).
-            voting: tokens that vote, (B, N, D), or (B, 1, D) with `vote_readout="pooled"`.
+            voting: tokens that vote, (B, N, D'), or (B, 1, D') with `vote_readout="pooled"`.
             grid: (h, w) of the players.
 
         Returns:
-            (B, N, D).
+            (B, N, D').
         """
-        parts = [] if self.pooled else [scale_gradient(voting, self.vote_gradient)]
+        parts = [] if self.pooled else [self.flowing(voting)]
         if self.correction is not None:
             parts.append(self.correction(self._influence_tokens(tokens, grid)))
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def deviation_sums(self, tokens: Tensor, voting: Tensor, coalitions: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`deviations` less their mean, summed over coalitions bool (B, M, N): (B, M, D), at least float32.
+        """`deviations` less their mean, summed over coalitions bool (B, M, N): (B, M, D'), at least float32.
 
         Sums first and maps then, which costs less than the other way round.
         """
-        parts = [] if self.pooled else [sums_of_centred(scale_gradient(voting, self.vote_gradient), coalitions)]
+        parts = [] if self.pooled else [sums_of_centred(self.flowing(voting), coalitions)]
         if self.correction is not None:
             parts.append(mapped(self.correction, sums_of_centred(self._influence_tokens(tokens, grid), coalitions)))
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -229,16 +173,16 @@ class AttributionHead(nn.Module):
         for own, other in zip([*self.own_blocks, self.own_norm], [*layers, norm], strict=True):
             own.load_state_dict(other.state_dict())
 
-    def own_tokens(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def own_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The tokens that the influence head's own layers make of the backbone's, (B, T, D) -> (B, T, D)."""
-        tokens = scale_gradient(tokens, self.influence_gradient)
+        tokens = self.flowing(tokens)
         for block in self.own_blocks:
             tokens = block(tokens, grid)
         return self.own_norm(tokens)
 
     def _influence_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if not self.own_layers:
-            tokens = scale_gradient(tokens, self.influence_gradient)
+            tokens = self.flowing(tokens)
         for block in self.influence_blocks:
             tokens = block(tokens, grid)
         return self.influence_norm(tokens)
@@ -255,21 +199,6 @@ def coalition_adapters(config: PreTrainedConfig, widths: Sequence[int]) -> nn.Mo
     return nn.ModuleList(CoalitionAdapter(width, size, config.hidden_act) for width in widths if size)
 
 
-def absent_shares(members: Tensor, coalition_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The share of all players that each coalition lacks, and that each player's own lacks; 0 where none is absent.
-
-    Args:
-        members: bool (B', R, G, N).
-        coalition_ids: (B', R, N).
-        dtype: of the result.
-
-    Returns:
-        (B' R, G, 1), (B' R, N, 1).
-    """
-    absent = 1 - members.flatten(0, 1).float().mean(-1, keepdim=True).to(dtype)
-    return absent, absent.gather(1, coalition_ids.flatten(0, 1).unsqueeze(-1))
-
-
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision as float32; wider types as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -284,19 +213,19 @@ def share_evenly(gains: Tensor, members: Tensor) -> Tensor:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the module's own weights say all: no adapter, no quantisation, no hook, nothing offloaded."""
-    return type(module) in (nn.Linear, ZeroLinear) and _is_alone(module) and not module.weight.is_meta
+    return type(module) in (nn.Linear, ZeroLinear) and is_alone(module) and not module.weight.is_meta
 
 
-def mapped(module: nn.Module, inputs: Tensor, share: float = 1.0) -> Tensor:
-    """What a linear layer makes of inputs, (..., D) -> (..., K), float32; its weights get `share` of their gradient.
+def mapped(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What a linear layer makes of inputs, (..., D) -> (..., K), float32.
 
     A plain layer computes in float32 whatever its weights are in. Any other (with adapters, quantised, offloaded or
     hooked) is called as it wants to be.
     """
     if not is_plain_linear(module):
-        return learning_less(module, share)(inputs.to(_input_dtype(module, inputs))).float()
+        return module(inputs.to(_input_dtype(module, inputs))).float()
     inputs = at_least_float32(inputs)
-    weights = [scale_gradient(weight, share).to(inputs.dtype) for weight in module.parameters()]
+    weights = [weight.to(inputs.dtype) for weight in module.parameters()]
     with torch.autocast(inputs.device.type, enabled=False):
         return nn.functional.linear(inputs, *weights).float()
 

@@ -32,8 +32,8 @@ from transformers import PreTrainedModel
 from ..data.dataset_images import fetched, file_sha256, fingerprint, read_pictures, stored_mode, undecoded
 from ..files import DRAFT, whole_file
 from ..models.checks import check_count, describe
+from ..models.evaluation_mode import evaluating
 from ..models.images import load_image
-from ..models.modeling_shapley import _evaluating
 from ..models.pipeline_shapley import label_scores, pixel_values_of
 
 MANIFEST = "manifest.json"
@@ -445,7 +445,7 @@ def _write_rows(
     """Explain and write batches; return how many rows they had."""
     computed = 0
     model.to(accelerator.device)
-    with _evaluating(model), writer:
+    with evaluating(model), writer:
         for batch in _ahead(batches):
             table = None
             if batch.pixel_values is not None:

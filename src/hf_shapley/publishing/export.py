@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..files import whole_file
 from ..models.checks import check_pair
-from ..models.modeling_shapley import _evaluating
+from ..models.evaluation_mode import evaluating
 
 OUTPUTS = ("logits", "attributions")
 
@@ -47,7 +47,7 @@ def export_program(model: Any, *, image_size: int | Sequence[int] | None = None)
         TypeError: `model` is no Shapley image classifier.
         ValueError: the patches do not tile such images.
     """
-    with torch.no_grad(), _evaluating(_checked(model)):
+    with torch.no_grad(), evaluating(_checked(model)):
         example, dynamic_shapes = _example(model, image_size)
         return torch.export.export(_Explainer(model).eval(), (example,), dynamic_shapes=dynamic_shapes)
 
@@ -80,7 +80,7 @@ def export_onnx(model: Any, path: str | os.PathLike, *, image_size: int | Sequen
     if path.suffix != ".onnx":
         raise ValueError(f'`path` must end in ".onnx", got {str(path)!r}.')
     model = _in_float32(_checked(model))
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         example, dynamic_shapes = _example(model, image_size)
         program: Any = torch.onnx.export(
             _Explainer(model).eval(),

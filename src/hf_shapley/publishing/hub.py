@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
 from ..files import whole_file
-from ..models.modeling_shapley import UNTRAINED
+from ..models.loading import UNTRAINED
 from .model_card import (
     ShapleyModelCard,
     ShapleyModelCardData,

@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..data.dataset_images import read_pictures, undecoded
 from ..data.labels import given_names, ids_by_name
 from ..models.checks import check_finite, check_floats, known_labels
-from ..models.modeling_shapley import _evaluating
+from ..models.evaluation_mode import evaluating
 from ..models.pipeline_shapley import pixel_values_of
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def _explain(
 ) -> list[list]:
     """Maps (B, h, w), label ids, base values and logits (B) of one label per image, as lists."""
     pixel_values = pixel_values_of(images, processor, model.config).to(model.device, model.dtype)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         outputs = model(pixel_values, attributed=1 if label_ids is None else label_ids.unsqueeze(1))
     model._check_answers(outputs)
     maps = outputs.attributions.squeeze(2).unflatten(1, model.grid_size(*pixel_values.shape[-2:]))  # (B, h, w)

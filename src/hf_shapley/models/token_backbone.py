@@ -1,0 +1,253 @@
+"""Backbones of tokens under global attention: a few prefix tokens (CLS and the like) and one token for each player.
+
+Under a structure the prefix tokens are repeated, one set for each coalition, and an additive mask keeps tokens of
+different coalitions apart: an absent player is no token at all, as if it had been dropped.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, cat, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import eager_attention_forward
+
+from .backbone import Backbone, Read, absent_shares, check_grid, ids_of
+from .speed import are_plain, dtype_of_products, packed, read, unpacked
+
+# What can hide players from each other; others would ignore the mask, and hidden pixels would leak.
+MASKING_BACKENDS = ("eager", "sdpa", "flex_attention")
+
+
+class TokenRule(NamedTuple):
+    """Who sees whom among tokens, and which of them are read in the end."""
+
+    mask: Any = None  # as the attention backend takes it; None = every token sees every token of its image
+    readers: int | None = None  # the last layer is run for the first so many tokens alone; None = for all
+    images: int | None = None  # B, where the state is `packed`: the empty coalition's prefix tokens come along
+    coalitions: int = 1  # sets of prefix tokens, G
+    members: Tensor | None = None  # bool (B, G, N); None = all players are in one
+    absent: Tensor | None = None  # for adapters: the share of players that each token's coalition lacks, (B, T, 1)
+
+
+class TokenLayer:
+    """A stock layer that can leave out what nothing reads, and take along tokens that see only each other.
+
+    A subclass says how the stock layer is made: `normed`, what its attention reads, and `finished`, the rest.
+    """
+
+    is_last = False
+    prefix = 1
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        """What the attention reads: (..., D) -> (..., D)."""
+        raise NotImplementedError
+
+    def finished(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer: what entered it (..., D), and what the attention read, not yet projected (..., D)."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        """The stock layer (B, T, D) -> (B, T, D), or under a `TokenRule` in the mask's place a part of it."""
+        rule = attention_mask
+        if not isinstance(rule, TokenRule):
+            return super().forward(hidden_states, rule, **kwargs)  # type: ignore[misc]
+        readers = rule.readers if self.is_last else None
+        if readers is None and rule.images is None:
+            return super().forward(hidden_states, rule.mask, **kwargs)  # type: ignore[misc]
+        normed = self.normed(hidden_states)
+        normed = normed.to(dtype_of_products(normed))  # once, where autocast would do it for each that reads it
+        if rule.images is None:
+            return self.finished(hidden_states[:, :readers], self._attend(normed, rule.mask, readers))
+        tokens, lone = unpacked(normed, rule.images, self.prefix)
+        # A lone token has one key, its own: it reads its own value, whatever the scores.
+        alone = self.attention.v_proj(lone) if self.prefix == 1 else self._attend(lone[None])[0]
+        if readers is not None:
+            whole, entered = unpacked(hidden_states, rule.images, self.prefix)
+            hidden_states = packed(whole[:, :readers], entered)
+        return self.finished(hidden_states, packed(self._attend(tokens, None, readers), alone))
+
+    def _attend(self, tokens: Tensor, mask: Any = None, readers: int | None = None) -> Tensor:
+        """What the first tokens read of all: (B, T, D), a mask of T rows -> (B, Q, D), not yet projected."""
+        attention = self.attention
+
+        def heads_of(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        rows = readers
+        if not isinstance(mask, Tensor | None):  # flex attention's block mask has no rows to choose
+            rows = None
+        elif mask is not None:
+            mask = mask[:, :, :rows]
+        queries = heads_of(attention.q_proj(tokens[:, :rows]))  # (B, H, Q, d)
+        dropout = attention.attention_dropout if self.training else 0.0
+        few = rows is not None and rows < attention.head_dim  # beyond that it would cost more
+        if few and not dropout and are_plain(attention.k_proj, attention.v_proj):
+            return read(queries * attention.scaling, tokens, mask, attention.k_proj, attention.v_proj)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        keys, values = heads_of(attention.k_proj(tokens)), heads_of(attention.v_proj(tokens))
+        attended, _ = attend(attention, queries, keys, values, mask, dropout=dropout, scaling=attention.scaling)
+        return attended.flatten(2)[:, :readers]
+
+
+class TokenBackbone(Backbone):
+    """The methods of a backbone for stock models that embed, run layers of tokens, and normalise.
+
+    `layer_class` is this package's form of the stock layer; `prefix` the number of prefix tokens, P.
+    """
+
+    prefix: ClassVar[int] = 1
+    reads_cells: ClassVar[bool] = False  # whether the pooled readout is of the players' tokens too
+    layer_class: ClassVar[type]
+
+    @property
+    def stock(self) -> nn.Module:
+        """The stock backbone."""
+        return getattr(self, self.base_model_prefix)
+
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        return self.stock.layernorm
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.stock.layers
+
+    def pool(self, prefix: Tensor, cells: Tensor | None, members: Tensor | None) -> Tensor:
+        """What the classifier reads of G coalitions, (B, G, D').
+
+        Args:
+            prefix: their prefix tokens, (B, G, P, D).
+            cells: of the players, (B, N, D), where `reads_cells`; None where there is no player.
+            members: bool (B, G, N); None = all.
+        """
+        return prefix[:, :, 0]
+
+    def take_layers(self) -> None:
+        """Make the stock layers ours: the same weights, under the same names."""
+        for layer in self.blocks():
+            layer.__class__ = self.layer_class
+        self.blocks()[-1].is_last = True
+
+    def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
+        """Grid (h, w) of players for images of height x width pixels; raises if they do not fit."""
+        embeddings = self.stock.embeddings.patch_embeddings
+        step = _pair(embeddings.patch_size)
+        if not interpolate_pos_encoding and (height, width) != _pair(embeddings.image_size):
+            raise ValueError(
+                f"Images must be of {embeddings.image_size} pixels (height, width), got ({height}, {width}): use the "
+                "image processor, or `interpolate_pos_encoding=True`."
+            )
+        grid = height // step[0], width // step[1]
+        check_grid(grid, step, (height, width))
+        return grid
+
+    def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Prefix tokens and patch embeddings: (B, C, H, W) -> (B, P + N, D)."""
+        pixel_values = pixel_values.to(self.stock.embeddings.patch_embeddings.projection.weight.dtype)
+        return self.stock.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+
+    def adapter_widths(self) -> Sequence[int]:
+        return [self.config.hidden_size] * len(self.blocks())
+
+    def enter(
+        self, embeddings: Tensor, grid: tuple[int, int], members: Tensor | None
+    ) -> tuple[Tensor, TokenRule | None]:
+        head = self.attribution_head
+        if members is None:
+            if not head.pooled or self.prefix == 0:
+                return embeddings, None
+            # Prefix tokens enter the layers alike for every image; by themselves they would read all of the weights
+            # once more, and those that they are made of may be sharded or offloaded, out of reach here.
+            readers = self.prefix if head.own_layers and not self.reads_cells else None
+            # `len` would become a constant in an exported program.
+            rule = TokenRule(readers=readers, images=embeddings.shape[0])
+            return packed(embeddings, embeddings[0, : self.prefix]), rule
+        self._check_attention()
+        batch, structures, num_coalitions, num_players = members.shape
+        embeddings = embeddings[:batch, None].expand(-1, structures, -1, -1)
+        prefix, patches = embeddings.split([self.prefix, num_players], dim=2)
+        tokens = cat([prefix.repeat(1, 1, num_coalitions, 1), patches], dim=2).flatten(0, 1)  # (B R, G P + N, D)
+        members = members.flatten(0, 1)
+        prefix_ids = torch.arange(num_coalitions, device=members.device).repeat_interleave(self.prefix)
+        ids = cat([prefix_ids.expand(len(members), -1), ids_of(members)], dim=1)  # (B R, G P + N)
+        readers = num_coalitions * self.prefix if head.pooled and not self.reads_cells else None
+        absent = None
+        if len(self.coalition_adapters):
+            of_coalitions, of_players = absent_shares(members, tokens.dtype)
+            absent = cat([of_coalitions.repeat_interleave(self.prefix, dim=1), of_players], dim=1)
+        return tokens, TokenRule(self._mask(tokens, ids), readers, None, num_coalitions, members, absent)
+
+    def _check_attention(self) -> None:
+        if self.config._attn_implementation not in MASKING_BACKENDS:
+            raise ValueError(
+                f"Attention implementation {self.config._attn_implementation!r} cannot hide players from each other: "
+                f"call `set_attn_implementation` with one of {MASKING_BACKENDS}."
+            )
+
+    def _mask(self, tokens: Tensor, ids: Tensor) -> Any:
+        """What the attention backend needs to keep tokens (B, T, D) of different ids (B, T) apart."""
+        if self.config._attn_implementation != "sdpa":
+            return create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=tokens,
+                attention_mask=None,
+                and_mask_function=lambda b, head, query, key: ids[b, query] == ids[b, key],
+            )
+        # Additive and in the queries' dtype: torch would turn a bool mask into just that, anew in every layer.
+        apart = ids[:, None, :, None] != ids[:, None, None, :]  # (B, 1, T, T)
+        nothing = torch.zeros_like(apart, dtype=dtype_of_products(tokens))
+        return nothing.masked_fill_(apart, float("-inf"))
+
+    def adapt(self, index: int, state: Tensor, rule: TokenRule) -> Tensor:
+        return self.coalition_adapters[index](state, rule.absent[:, : state.shape[1]])
+
+    def tokens(self, state: Tensor, rule: TokenRule | None) -> Tensor:
+        """Prefix tokens and the players', (B, P + N, D)."""
+        return state if rule is None or rule.images is None else unpacked(state, rule.images, self.prefix)[0]
+
+    def read(self, state: Tensor, rule: TokenRule | None) -> Read:
+        rule = rule or TokenRule()
+        normed, lone = self.final_norm()(state), None
+        if rule.images is not None:
+            normed, lone = unpacked(normed, rule.images, self.prefix)
+        prefix, cells = normed.tensor_split([rule.coalitions * self.prefix], dim=1)
+        if not self.attribution_head.pooled:
+            return Read(cells, cells, None)
+        voting = self.pool(prefix.unflatten(1, (rule.coalitions, self.prefix)), cells, rule.members)
+        empty = self.empty_token() if lone is None and rule.members is None else self._pool_of_none(lone)
+        return Read(cells, voting, empty)
+
+    def _pool_of_none(self, lone: Tensor | None) -> Tensor | None:
+        """What is read of the empty coalition, (D'), from its prefix tokens after the norm, (P, D)."""
+        return None if lone is None else self.pool(lone[None, None], None, None)[0, 0]
+
+    def empty_token(self) -> Tensor:
+        """What the classifier reads where there is no patch at all: (D')."""
+        shape = (1, self.config.num_channels, *_pair(self.config.image_size))
+        state = self.embed(torch.zeros(shape, device=self._input_device))[:, : self.prefix]
+        for block in self.blocks():
+            state = block(state, None)
+        return self._pool_of_none(self.final_norm()(state)[0])
+
+    def recorded(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool, **wanted: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        chosen = wanted.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        outputs = self.stock(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, **wanted
+        )
+        states = outputs.hidden_states  # what enters the first layer, and what each layer gives, before the norm
+        if not isinstance(chosen, bool | None):
+            chosen_states = tuple(states[place] for place in ([chosen] if isinstance(chosen, int) else chosen))
+        else:
+            chosen_states = states if chosen else None
+        recorded = {"hidden_states": chosen_states, "attentions": outputs.attentions}
+        return states[-1 - self.attribution_head.own_layers], states[-1], recorded
+
+    def last_layers(self, count: int) -> tuple[Sequence[nn.Module], nn.Module]:
+        return self.blocks()[-count:], self.final_norm()
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
