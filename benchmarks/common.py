@@ -98,16 +98,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "hf_shapley": hf_shapley.__version__, **found}
 
 
-def write_result(path: str | Path, result: dict) -> Path:
-    """Write a result as JSON, with machine, versions, date and the command that made it; all of it or nothing."""
-    path = Path(path)
-    record = {
+def made_by() -> dict:
+    """Command, date, machine and versions of a result."""
+    return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(),
-        **result,
     }
+
+
+def write_result(path: str | Path, result: dict) -> Path:
+    """Write a result as JSON, with machine, versions, date and the command that made it; all of it or nothing."""
+    path = Path(path)
+    record = {**made_by(), **result}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=2) + "\n")

@@ -11,8 +11,8 @@ in the same run; `counted_cost` counts passes over a batch, a forward as one and
 three. Each curve is one run, its quality measured on the way against the certificate of the game that is being
 explained: the surrogate's, or the joint model's own.
 
-    python benchmarks/recipe_study.py --data path/to/cifar10 --recipes plain --bf16
-    python benchmarks/peer_amortized.py --data path/to/cifar10 --start outputs/recipe_study/vit-seed0/start --bf16
+    python benchmarks/recipe_study.py --data path/to/cifar10 --study peer --recipes plain --bf16
+    python benchmarks/peer_amortized.py --data path/to/cifar10 --start outputs/recipe_study/peer/vit-seed0/start --bf16
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, write_result
 from datasets import load_dataset
-from recipe_study import ATTENTION, RECIPES, Images, normalise
+from recipe_study import ATTENTION, Images, normalise, recipes
 from recipe_study import arguments as shared_arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -214,7 +214,7 @@ def peer(study: Study) -> dict:
 
 def joint(study: Study) -> dict:
     """The recipe named by the options, from the same start."""
-    options, recipe = study.options, RECIPES[study.options.recipe]
+    options, recipe = study.options, recipes("vit")[study.options.recipe]
     set_seed(options.seed)
     model = ShapleyViTForImageClassification.from_pretrained(options.start, **ATTENTION, **recipe.config)
 
@@ -237,8 +237,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of CIFAR-10 for datasets.load_dataset")
     parser.add_argument("--start", type=Path, required=True, help="plain ViT checkpoint that both start from")
-    recipes = [name for name in RECIPES if RECIPES[name]]
-    parser.add_argument("--recipe", default="pooled, values 0.1 of a quarter", choices=recipes)
+    joint_recipes = [name for name, recipe in recipes("vit").items() if recipe]
+    parser.add_argument("--recipe", default="own game", choices=joint_recipes)
     parser.add_argument("--surrogate-steps", type=int, default=390)
     parser.add_argument("--explainer-at", type=int, nargs="+", default=[50, 100, 200])
     parser.add_argument("--joint-at", type=int, nargs="+", default=[50, 100, 200, 390])

@@ -1,11 +1,11 @@
-"""Which joint recipe keeps accuracy and finds Shapley values: one change at a time, on CIFAR-10.
+"""Which joint recipe keeps accuracy and finds Shapley values, on CIFAR-10.
 
 A plain classifier is trained first (the usual case), then fine-tuned with each recipe for the same number of epochs,
 one of them "plain" as the control. Measured on the test split: accuracy, attribution error and correlation with their
-certificate, interaction share, insertion and deletion. Each run keeps its model and writes its own result file as soon
-as it ends, and a run whose file is there is not repeated.
+certificate, interaction share, insertion and deletion. Each run keeps its model and adds its row to the CSV of all
+runs (`recipe_runs.py`) as soon as it ends. A run whose row is there is not repeated.
 
-    python benchmarks/recipe_study.py --data path/to/cifar10 --backbone vit --recipes "plain;pooled, values 0.1"
+    python benchmarks/recipe_study.py --data path/to/cifar10 --study "my study" --bf16 --recipes "plain;own game"
 
 The data is any folder that `datasets.load_dataset` reads, with columns `image` (32 x 32) and `label`.
 """
@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import write_result
+from common import made_by
 from datasets import load_dataset
+from recipe_runs import RUNS, add_run, has_run, make_row
 from torch import Tensor
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -65,292 +65,41 @@ SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextF
 
 @dataclass
 class Recipe:
-    """Arguments of the trainer and options of the configuration; everything else is shared.
+    """What a recipe sets, for the trainer and for the configuration; everything else is shared.
 
-    After the shared epochs the attribution head may learn on alone for `head_epochs`: everything else is frozen, the
-    classifier and its accuracy stay as they are, and a step costs little, because nothing but the head has a gradient.
-    With `frozen` the classifier is so from the beginning, and coalition adapters, where there are any, learn with the
-    head until it learns alone: at once where there are no `shared_epochs`. `start` is the checkpoint that a recipe
-    starts from: "plain/model" is what the control, run before, ended with. Without `augmented` images are shown as
-    they are in the test.
+    `start` is the checkpoint that it starts from: "plain/model" is what the control, run before, ended with. A recipe
+    has the epochs of all unless it names its own. With `frozen` nothing but the head and the adapters learns. Without
+    `augmented` images are shown as they are in the test.
     """
 
     training: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
-    head_epochs: float = 0.0
-    frozen: bool = False
-    shared_epochs: bool = True
-    augmented: bool = True
     start: str = "start"
+    epochs: float | None = None
+    frozen: bool = False
+    augmented: bool = True
 
 
-def _influence(**options) -> dict:
-    return {"attribution_head": "votes+influence", "influence_block": "backbone", **options}
-
-
-def _without_rate(options: dict) -> dict:
-    """A recipe's options, the learning rate aside, which all runs share."""
-    return {name: value for name, value in options.items() if name != "learning_rate"}
-
-
-def _pooled(**options) -> dict:
-    return _influence(influence_block="mlp", vote_readout="pooled", influence_gradient=0.1, **options)
-
-
-BASE = dict(coalition_weight=0.3, shapley_weight=1.0, shapley_warmup=0.5)
-POOLED = BASE | dict(shapley_warmup=0.3, even_weight=0.1, value_gradient=0.1, attribution_learning_rate=4e-3)
-FOUR_PAIRS = POOLED | dict(num_pairs=4, value_gradient_fraction=0.125, attribution_learning_rate=8e-3)
-OWN_LAYER = FOUR_PAIRS | dict(attribution_learning_rate=4e-3)
-FINE_TUNING = POOLED | dict(value_gradient_fraction=0.25, shapley_fraction=0.75)
-OWN_LAYER_ALONE = dict(influence_own_layers=1, influence_layers=0)
-ADAPTERS = BASE | dict(
-    shapley_warmup=0.3,
-    even_weight=0.0,
-    value_gradient=0.03,
-    value_gradient_fraction=0.25,
-    attribution_learning_rate=4e-3,
-)
-# The labels alone teach the classifier.
-APART = dict(coalition_adapter_size=64, influence_gradient=0.0, coalition_gradient=0.0)
-HEAD_ALONE = dict(coalition_weight=0.0, shapley_warmup=0.0, value_gradient=0.0)
-RECIPES = {
-    "plain": None,
-    "votes": Recipe(BASE),
-    "votes, weight 1/4": Recipe(BASE | dict(shapley_weight=0.25)),
-    "votes, no warm-up": Recipe(BASE | dict(shapley_warmup=0.0)),
-    "votes, odd part": Recipe(BASE | dict(even_weight=0.0)),
-    "votes, detached values": Recipe(BASE | dict(value_gradient=0.0)),
-    "votes, two layers": Recipe(BASE, dict(vote_layers=2)),
-    "votes, label target": Recipe(BASE | dict(coalition_target="label")),
-    "votes, two pairs": Recipe(BASE | dict(num_pairs=2)),
-    "votes, half of the batch": Recipe(BASE | dict(shapley_fraction=0.5)),
-    "influence, detached": Recipe(BASE | dict(value_gradient=0.0), _influence()),
-    "influence, mlp, detached": Recipe(BASE | dict(value_gradient=0.0), _influence(influence_block="mlp")),
-    "influence, detached, tokens too": Recipe(BASE | dict(value_gradient=0.0), _influence(influence_gradient=0.0)),
-    "influence, values 0.1": Recipe(BASE | dict(value_gradient=0.1), _influence()),
-    "influence, values 0.3": Recipe(BASE | dict(value_gradient=0.3), _influence()),
-    "influence, values 0.3, odd part": Recipe(BASE | dict(value_gradient=0.3, even_weight=0.0), _influence()),
-    "influence, votes 0.3, values 0.3": Recipe(BASE | dict(value_gradient=0.3), _influence(vote_gradient=0.3)),
-    "influence, votes 1, values 1": Recipe(BASE, _influence(influence_block="mlp", vote_gradient=1.0)),
-    "pooled, values 0.1": Recipe(POOLED, _pooled()),
-    "pooled, values 0": Recipe(POOLED | dict(value_gradient=0.0), _pooled()),
-    "pooled, values 0.3": Recipe(POOLED | dict(value_gradient=0.3), _pooled()),
-    "pooled, half of the batch": Recipe(POOLED | dict(shapley_fraction=0.5), _pooled()),
-    "pooled, values 0.1 of a quarter": Recipe(POOLED | dict(value_gradient_fraction=0.25), _pooled()),
-    "pooled, values 0.1 of an eighth": Recipe(POOLED | dict(value_gradient_fraction=0.125), _pooled()),
-    "pooled, four pairs, values 0.1 of an eighth": Recipe(FOUR_PAIRS, _pooled()),
-    "pooled, four pairs, then the head alone": Recipe(FOUR_PAIRS, _pooled(), head_epochs=3),
-    "pooled, own layer alone, values 0.1 of a quarter": Recipe(
-        POOLED | dict(value_gradient_fraction=0.25), _pooled(**OWN_LAYER_ALONE)
-    ),
-    "pooled, own layer alone, values 0.1 of an eighth": Recipe(
-        POOLED | dict(value_gradient_fraction=0.125), _pooled(**OWN_LAYER_ALONE)
-    ),
-    "pooled, own layer, four pairs, then the head alone": Recipe(
-        OWN_LAYER, _pooled(influence_own_layers=1), head_epochs=4
-    ),
-    "pooled, own layer, two pairs, values 1, then the head alone": Recipe(
-        OWN_LAYER | dict(num_pairs=2, value_gradient=1.0, value_gradient_fraction=0.25),
-        _pooled(influence_own_layers=1),
-        head_epochs=2,
-    ),
-    "frozen classifier, four pairs": Recipe(OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True),
-    "plain, then the head alone, four pairs": Recipe(
-        OWN_LAYER | HEAD_ALONE, _pooled(influence_own_layers=1), frozen=True, start="plain/model"
-    ),
-    **{
-        f"plain, then frozen with adapters{change}": Recipe(
-            ADAPTERS | training,
-            _pooled(**OWN_LAYER_ALONE, coalition_adapter_size=64),
-            frozen=True,
-            start="plain/model",
-        )
-        for change, training in {
-            "": {},
-            ", values 0": dict(value_gradient=0.0),
-            ", values 0.1": dict(value_gradient=0.1),
-            ", spread sizes": dict(coalition_sizes="spread"),
-        }.items()
-    },
-    "plain, then frozen with adapters, four pairs, then the head alone": Recipe(
-        ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
-        _pooled(influence_own_layers=1, coalition_adapter_size=64),
-        head_epochs=4,
-        frozen=True,
-        start="plain/model",
-    ),
-    **{
-        f"plain, then frozen with adapters, {change}four pairs, four own layers, then the head alone{longer}": Recipe(
-            ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125) | training,
-            _pooled(influence_own_layers=4, coalition_adapter_size=64),
-            head_epochs=head_epochs,
-            frozen=True,
-            start="plain/model",
-        )
-        for change, training, longer, head_epochs in (
-            ("", {}, ", longer", 12),
-            ("", {}, " for 32 epochs", 32),
-            ("values 0.1, ", dict(value_gradient=0.1), " for 32 epochs", 32),
-        )
-    },
-    # The second of the three above goes on, and then the first of these two.
-    **{
-        f"plain, then frozen with adapters, four own layers, sixteen spread pairs for the last {name} epochs": Recipe(
-            ADAPTERS | dict(num_pairs=16, coalition_sizes="spread", attribution_learning_rate=rate),
-            _pooled(influence_own_layers=4, coalition_adapter_size=64),
-            head_epochs=epochs,
-            frozen=True,
-            shared_epochs=False,
-            start=f"plain-then_frozen_with_adapters-{start}_epochs/model",
-        )
-        for name, epochs, rate, start in (
-            ("16 of 48", 16, 2e-3, "four_pairs-four_own_layers-then_the_head_alone_for_32"),
-            ("20 of 52", 4, 1e-3, "four_own_layers-sixteen_spread_pairs_for_the_last_16_of_48"),
-        )
-    },
-    # The same in fewer epochs: sixteen pairs as soon as the head learns alone.
-    "plain, then frozen with adapters, four own layers, four spread pairs": Recipe(
-        ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125, coalition_sizes="spread"),
-        _pooled(influence_own_layers=4, coalition_adapter_size=64),
-        frozen=True,
-        start="plain/model",
-    ),
-    **{
-        f"plain, then frozen with adapters, four own layers, four spread pairs, then {more}": Recipe(
-            ADAPTERS | dict(num_pairs=pairs, coalition_sizes="spread", attribution_learning_rate=rate),
-            _pooled(influence_own_layers=4, coalition_adapter_size=64),
-            head_epochs=epochs,
-            frozen=True,
-            shared_epochs=False,
-            augmented=augmented,
-            start=f"plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs{start}/model",
-        )
-        for more, pairs, epochs, rate, augmented, start in (
-            ("sixteen for 24 epochs", 16, 24, 4e-3, True, ""),
-            ("sixty-four for 10 epochs", 64, 10, 4e-3, True, ""),
-            # The one above goes on: with many steps again, where it has many pairs, or with images as in the test.
-            ("sixty-four for 10 epochs, four for 20", 4, 20, 2e-3, True, "-then_sixty-four_for_10_epochs"),
-            (
-                "sixty-four for 10 epochs, sixteen without augmentation for 6",
-                16,
-                6,
-                1e-3,
-                False,
-                "-then_sixty-four_for_10_epochs",
-            ),
-        )
-    },
-    "influence, four pairs, detached": Recipe(BASE | dict(value_gradient=0.0, num_pairs=4), _influence()),
-    # What the library recommends, by its own functions: the classifier's own game.
-    **{
-        f"own game{kind}{change}": recipe
-        for backbone, kind in (("vit", ""), ("convnext", ", convolutions"))
-        for change, recipe in {
-            "": Recipe(_without_rate(fine_tuning_recipe(5e-4, backbone)[1]), fine_tuning_recipe(5e-4, backbone)[0]),
-            ", then the head alone": Recipe(
-                _without_rate(refinement_recipe(5e-4)),
-                head_epochs=8,
-                frozen=True,
-                shared_epochs=False,
-                augmented=False,
-                start=f"own_game{kind.replace(', ', '-')}/model",
-            ),
-            ", frozen": Recipe(
-                _without_rate(refinement_recipe(5e-4)),
-                fine_tuning_recipe(5e-4, backbone)[0],
-                head_epochs=8,
-                frozen=True,
-                shared_epochs=False,
-                start="plain/model",
-            ),
-        }.items()
-    },
-    # `fine_tuning_recipe(game="adapted")` recommends "with adapters, spread sizes" for a ViT; the others differ from
-    # the first one in one thing each.
-    **{
-        f"with adapters{change}": Recipe(ADAPTERS | training, _pooled(**OWN_LAYER_ALONE) | APART)
-        for change, training in {
-            "": {},
-            ", an eighth learns through v(S)": dict(value_gradient_fraction=0.125),
-            ", whole gradient": dict(value_gradient_fraction=1.0),
-            ", spread sizes": dict(coalition_sizes="spread"),
-        }.items()
-    },
-    **{
-        f"with adapters, convolutions{change}": Recipe(  # with spread sizes what it recommends for a ConvNeXt
-            ADAPTERS | training, _pooled(influence_layers=5) | dict(influence_block="convolution") | APART
-        )
-        for change, training in {"": {}, ", spread sizes": dict(coalition_sizes="spread")}.items()
-    },
-    # What the recommended recipes end with goes on, the head alone.
-    **{
-        f"{start}, then the head alone, {more}": Recipe(
-            ADAPTERS | dict(num_pairs=pairs, coalition_sizes="spread"),
-            head_epochs=epochs,
-            frozen=True,
-            shared_epochs=False,
-            augmented=augmented,
-            start=f"{start.replace(', ', '-').replace(' ', '_')}/model",
-        )
-        for start in ("with adapters, spread sizes", "with adapters, convolutions, spread sizes")
-        for more, pairs, epochs, augmented in (
-            ("four pairs", 4, 4, True),  # `refinement_recipe`
-            ("four pairs, 8 epochs", 4, 8, True),
-            ("four pairs, 8 epochs without augmentation", 4, 8, False),
-            ("sixteen pairs", 16, 4, True),
-        )
-    },
-    "with adapters, four pairs, then the head alone": Recipe(
-        ADAPTERS | dict(num_pairs=4, value_gradient_fraction=0.125),
-        _pooled(influence_own_layers=1) | APART,
-        head_epochs=4,
-    ),
-    "fine-tuning": Recipe(FINE_TUNING, _pooled(**OWN_LAYER_ALONE)),
-    # What follows differs from "fine-tuning" in one thing each.
-    **{
-        f"fine-tuning, {change}": Recipe(FINE_TUNING | training, _pooled(**OWN_LAYER_ALONE))
-        for change, training in {
-            "values 0": dict(value_gradient=0.0),
-            "values 0.3": dict(value_gradient=0.3),
-            "values 1": dict(value_gradient=1.0),
-            "weight 1/4": dict(shapley_weight=0.25),
-            "weight 4": dict(shapley_weight=4.0),
-            "no warm-up": dict(shapley_warmup=0.0),
-            "coalition weight 0.1": dict(coalition_weight=0.1),
-            "coalition weight 1": dict(coalition_weight=1.0),
-            "label target": dict(coalition_target="label"),
-            "even part 0": dict(even_weight=0.0),
-            "even part 1": dict(even_weight=1.0),
-            "two pairs": dict(num_pairs=2),
-            "four pairs": dict(num_pairs=4),
-            "whole batch": dict(shapley_fraction=1.0),
-            "whole batch and gradient": dict(shapley_fraction=1.0, value_gradient_fraction=1.0),
-            "a third learns through v(S)": dict(value_gradient_fraction=1 / 3),
-            "every second step": dict(shapley_every=2),
-            "head at the shared rate": dict(attribution_learning_rate=None),
-        }.items()
-    },
-    "fine-tuning, everything flows": Recipe(
-        FINE_TUNING | dict(shapley_fraction=1.0, value_gradient_fraction=1.0, value_gradient=1.0, even_weight=1.0),
-        _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=1.0),
-    ),
-    "fine-tuning, patches vote": Recipe(FINE_TUNING, _influence(influence_gradient=0.1, **OWN_LAYER_ALONE)),
-    "fine-tuning, influence gradient 0.3": Recipe(
-        FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=0.3)
-    ),
-    "fine-tuning, influence gradient 1": Recipe(
-        FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=1.0)
-    ),
-    "fine-tuning, influence gradient 1, values 0": Recipe(
-        FINE_TUNING | dict(value_gradient=0.0), _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=1.0)
-    ),
-    "fine-tuning, influence gradient 0": Recipe(
-        FINE_TUNING, _pooled(**OWN_LAYER_ALONE) | dict(influence_gradient=0.0)
-    ),
-    "fine-tuning, no own layer": Recipe(FINE_TUNING, _pooled()),
-    "fine-tuning, two own layers": Recipe(FINE_TUNING, _pooled(influence_own_layers=2, influence_layers=0)),
-    "fine-tuning, own layer and two blocks": Recipe(FINE_TUNING, _pooled(influence_own_layers=1)),
-}
+def recipes(backbone: str, learning_rate: float = 5e-4) -> dict[str, Recipe | None]:
+    """Name -> recipe; None is the control, plain training."""
+    config, training = fine_tuning_recipe(learning_rate, backbone)
+    adapted_config, adapted_training = fine_tuning_recipe(learning_rate, backbone, "adapted")
+    alone = refinement_recipe(learning_rate)
+    for options in (training, adapted_training, alone):
+        del options["learning_rate"]  # which all recipes share
+    return {
+        "plain": None,
+        "own game": Recipe(training, config),
+        "own game, then the head alone": Recipe(alone, start="own_game/model", epochs=8, frozen=True, augmented=False),
+        "own game, frozen": Recipe(alone, config, start="plain/model", epochs=8, frozen=True),
+        # Fewer images learn through v(S), which costs most of a step.
+        "own game, four pairs": Recipe(training | {"num_pairs": 4, "value_gradient_fraction": 0.125}, config),
+        "frozen with adapters": Recipe(adapted_training, adapted_config, start="plain/model", frozen=True),
+        "from scratch, everything flows": Recipe(
+            {"coalition_weight": 0.3, "shapley_warmup": 0.5},
+            {"attribution_head": "votes+influence", "influence_block": "mlp", "vote_gradient": 1.0},
+        ),
+    }
 
 
 class Images(torch.utils.data.Dataset):
@@ -392,23 +141,6 @@ def normalise(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-class Averaging(TrainerCallback):
-    """Exponential moving average of the weights, taken over by the model when training ends."""
-
-    def __init__(self, decay: float):
-        self.decay = decay
-        self.shadow: dict[str, Tensor] = {}
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        for name, tensor in model.state_dict().items():
-            shadow = self.shadow.setdefault(name, tensor.detach().clone())
-            shadow.lerp_(tensor, 1 - decay)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        model.load_state_dict(self.shadow)
-
-
 def arguments(cls, options, folder: Path, rate: float, **extra) -> TrainingArguments:
     """Training arguments that all runs share, plain and joint."""
     return cls(
@@ -431,8 +163,8 @@ def arguments(cls, options, folder: Path, rate: float, **extra) -> TrainingArgum
 
 def train(
     model: PreTrainedModel, images: Images, folder: Path, options, recipe: Recipe | None, epochs: float, rate: float
-):
-    """Train, resuming from the last checkpoint in `folder` where there is one."""
+) -> float:
+    """Train, from the last checkpoint in `folder` where there is one; gives the seconds."""
     saving = dict(
         num_train_epochs=epochs, save_strategy="epoch", save_total_limit=1, disable_tqdm=not options.progress
     )
@@ -441,11 +173,11 @@ def train(
     else:
         make_trainer = ShapleyTrainer
         args = arguments(ShapleyTrainingArguments, options, folder, rate, **saving, **recipe.training)
-    callbacks = [Averaging(options.average)] if options.average else None
     collate = images.augment if recipe is None or recipe.augmented else images.collate
-    trainer = make_trainer(model, args, train_dataset=images, data_collator=collate, callbacks=callbacks)
+    trainer = make_trainer(model.train(), args, train_dataset=images, data_collator=collate)
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    return model.eval(), trainer.state.log_history[-1]["train_runtime"]
+    model.eval()
+    return trainer.state.log_history[-1]["train_runtime"]
 
 
 @torch.no_grad()
@@ -480,6 +212,8 @@ def measure(model: PreTrainedModel, test: Images, options) -> dict:
     curves = insertion_deletion(game, attributions[:100])
     share = interaction_share(game, attributions[:100], num_samples=256, generator=generator)
     return results | {
+        "head": "tied",
+        "game": "adapted" if model.config.coalition_adapter_size else "own",
         "certificate": {name: _plain(value) for name, value in vars(certificate).items()},
         "certificate_of_predicted_label": {name: _plain(value) for name, value in vars(certificate_predicted).items()},
         "insertion": curves.insertion_auc.mean().item(),
@@ -492,86 +226,84 @@ def _plain(value):
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def run(name: str, options, train_images: Images, test_images: Images, first_images: Images) -> None:
-    """Pre-train if needed, fine-tune with one recipe, measure, write."""
-    slug = name.replace(", ", "-").replace(" ", "_").replace("/", "_")
-    result = options.results / f"{options.backbone}-{slug}-seed{options.seed}.json"
-    if result.exists():
+def make_start(folder: Path, options, images: Images) -> None:
+    """Leave the plain model that all recipes start from in a folder, if it is not there: pre-trained, or random."""
+    if (folder / "config.json").exists():
         return
-    work = options.output / f"{options.backbone}-seed{options.seed}"
     plain_class, plain_config, shape = PLAIN[options.backbone]
-    start = work / "start"
-    if not (start / "config.json").exists():
-        set_seed(options.seed)
-        model = plain_class(plain_config(**shape, image_size=32, patch_size=4, num_labels=10, **ATTENTION))
-        if options.pretrain:
-            model, _ = train(
-                model, first_images, work / "pretraining", options, None, options.pretrain, options.pretrain_rate
-            )
-        model.save_pretrained(start)
-    recipe = RECIPES[name]
     set_seed(options.seed)
-    model = (
-        plain_class.from_pretrained(start, **ATTENTION)
-        if recipe is None
-        else SHAPLEY[options.backbone].from_pretrained(work / recipe.start, **ATTENTION, **recipe.config)
-    )
-    if recipe is not None and recipe.frozen:
-        model.freeze_classifier()
-    seconds = 0.0
-    if recipe is None or recipe.shared_epochs:
-        model, seconds = train(
-            model, train_images, work / slug, options, recipe, options.epochs, options.learning_rate
-        )
-    if recipe is not None and recipe.head_epochs:
-        model.freeze_classifier(adapters=True)
-        alone = Recipe(recipe.training | HEAD_ALONE, augmented=recipe.augmented)
-        rate = options.learning_rate
-        model, more = train(
-            model.train(), train_images, work / slug / "head", options, alone, recipe.head_epochs, rate
-        )
-        seconds += more
+    model = plain_class(plain_config(**shape, image_size=32, patch_size=4, num_labels=10, **ATTENTION))
+    if options.pretrain:
+        checkpoints = folder.parent / "pretraining"
+        train(model, images, checkpoints, options, None, options.pretrain, options.pretrain_rate)
+    model.save_pretrained(folder)
+
+
+def run(name: str, options, train_images: Images, test_images: Images, first_images: Images) -> None:
+    """Train with one recipe, measure, add the row; nothing where the row is there."""
+    left_out = ("data", "output", "results", "recipes", "study", "progress")
+    settings = {key: value for key, value in vars(options).items() if key not in left_out}
+    if has_run(options.study, name, settings, options.results):
+        return
+    work = options.output / slug(options.study) / f"{options.backbone}-seed{options.seed}"
+    make_start(work / "start", options, first_images)
+    recipe = recipes(options.backbone, options.learning_rate)[name]
+    set_seed(options.seed)
+    if recipe is None:
+        model = PLAIN[options.backbone][0].from_pretrained(work / "start", **ATTENTION)
+    else:
+        if not (work / recipe.start).exists():
+            raise SystemExit(f"Recipe {name!r} starts from {recipe.start}: run the recipe that ends with it before.")
+        model = SHAPLEY[options.backbone].from_pretrained(work / recipe.start, **ATTENTION, **recipe.config)
+        if recipe.frozen:
+            model.freeze_classifier()
+    epochs = (recipe and recipe.epochs) or options.epochs
+    seconds = train(model, train_images, work / slug(name), options, recipe, epochs, options.learning_rate)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
     for part in (model, processor):
-        part.save_pretrained(work / slug / "model")
-    measured = measure(model, test_images, options)
-    settings = {
-        key: value for key, value in vars(options).items() if key not in ("data", "output", "results", "recipes")
-    }
+        part.save_pretrained(work / slug(name) / "model")
+    found = measure(model, test_images, options) | {"recipe": name, "training_seconds": seconds}
     details = {} if recipe is None else vars(recipe)
-    write_result(result, {"recipe": name, **details, **measured, "training_seconds": seconds, "settings": settings})
-    print(json.dumps({"recipe": name, **{k: v for k, v in measured.items() if k != "certificate"}}), flush=True)
+    row = make_row({**made_by(), **details, **found, "settings": settings}, options.study)
+    add_run(row, options.results)
+    print(json.dumps({column: row[column] for column in ("recipe", "accuracy", "error", "correlation")}), flush=True)
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return name.replace(", ", "-").replace(" ", "_")
 
 
 def main() -> None:
     """Run the recipes asked for, one after another."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of CIFAR-10 for datasets.load_dataset")
+    parser.add_argument("--study", required=True, help="name of the runs that share data, epochs and schedule")
     parser.add_argument("--backbone", choices=list(PLAIN), default="vit")
-    parser.add_argument("--recipes", default=";".join(RECIPES), help="names separated by semicolons; default all")
+    parser.add_argument("--recipes", help="names separated by semicolons; default all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pretrain", type=float, default=10, help="plain epochs before; 0 = from scratch")
-    parser.add_argument("--epochs", type=float, default=10, help="epochs of every recipe, the plain one included")
+    parser.add_argument("--epochs", type=float, default=10, help="epochs of a recipe that names none, plain included")
     parser.add_argument("--train-images", type=int, help="use the first so many; default all")
     parser.add_argument("--pretrain-on-all", action="store_true", help="the plain epochs before see every image")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--pretrain-rate", type=float, default=1e-3, help="learning rate of the plain epochs before")
-    parser.add_argument("--average", type=float, default=0.0, help="decay of a moving average of the weights")
     parser.add_argument("--images", type=int, default=64, help="test images for the certificate")
     parser.add_argument("--budget", type=int, default=4096, help="evaluations per image for the certificate")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("outputs/recipe_study"))
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/recipe_study"))
+    parser.add_argument("--results", type=Path, default=RUNS)
     options = parser.parse_args()
-    unknown = set(options.recipes.split(";")) - set(RECIPES)
-    if unknown:
-        raise SystemExit(f"Unknown recipes {sorted(unknown)}: choose from {list(RECIPES)}.")
+    known = list(recipes(options.backbone))
+    names = options.recipes.split(";") if options.recipes else known
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"Unknown recipes {sorted(unknown)}: choose from {known}.")
     data = load_dataset(options.data)
     train_images, test_images = Images(data["train"], options.train_images), Images(data["test"], None)
     first_images = Images(data["train"], None) if options.pretrain_on_all else train_images
-    for name in options.recipes.split(";"):
+    for name in names:
         run(name, options, train_images, test_images, first_images)
 
 

@@ -2,11 +2,11 @@
 
 import json
 import re
-from ast import literal_eval
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from test_recipe_runs import recipe_runs
 
 from hf_shapley import ShapleyTrainingArguments, fine_tuning_recipe, refinement_recipe
 
@@ -218,47 +218,11 @@ def test_the_scaling_is_that_of_its_result_file():
     assert found["processes"]["same_files"]
 
 
-def recipe_rows() -> list[str]:
-    """One row for each joint run of the recipe study, against the plain run of its folder, backbone and seed."""
-    rows = []
-    for path in sorted((RESULTS / "recipe_study").rglob("*.json")):
-        found = json.loads(path.read_text())
-        if found["recipe"] == "plain":
-            continue
-        backbone, seed = path.name.split("-")[0], found["settings"]["seed"]
-        plain = json.loads((path.parent / f"{backbone}-plain-seed{seed}.json").read_text())
-        shared = ("epochs", "train_images", "pretrain", "batch_size", "learning_rate", "bf16")
-        assert all(plain["settings"][name] == found["settings"][name] for name in shared), path
-        assert plain["test_images"] == found["test_images"] == 10_000
-        certificate = found["certificate"]
-        low, high = certificate["error_ratio_interval"]
-        cells = [
-            f"{path.parent.name.removeprefix(backbone + '_').replace('_', ' ')}, seed {seed}",
-            found["recipe"],
-            f"{100 * found['accuracy']:.2f} %",
-            f"{100 * (found['accuracy'] - plain['accuracy']):+.2f} points",
-            f"{certificate['error_ratio']:.3f} [{low:.3f}, {high:.3f}]",
-            f"{certificate['correlation']:.3f}",
-            f"{found['interaction_share']:.3f}",
-            f"{found['insertion'] - found['deletion']:.3f}",
-        ]
-        rows.append(
-            "| " + " | ".join([f"{'ViT' if backbone == 'vit' else 'ConvNeXt'}, {cells[0]}", *cells[1:]]) + " |"
-        )
-    return rows
-
-
-def test_the_recipe_table_is_that_of_its_result_files():
-    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| (?:ViT|ConvNeXt), .+ \|$", page, flags=re.MULTILINE)
-    assert table == recipe_rows() and table
-
-
 def test_the_recipe_page_quotes_its_tables():
-    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    page, runs = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("recipe.md", "recipe_runs.md"))
     code_and_tables = r"```.*?```|`[^`\n]+`|^\|.*?$"
     prose = re.sub(code_and_tables, "", page, flags=re.DOTALL | re.MULTILINE)
-    tables = " ".join(re.findall(r"^\|.*$", page, flags=re.MULTILINE))
+    tables = " ".join(re.findall(r"^\|.*$", page + runs, flags=re.MULTILINE))
     measured = set(re.findall(r"\d+\.\d{2,}", tables))
     measured |= {f"{float(number):.2f}" for number in measured}
     found = json.loads((RESULTS / "peer_amortized.json").read_text())
@@ -339,59 +303,53 @@ def test_the_comparison_with_two_stages_is_that_of_its_result_file():
         assert f"{100 * accuracy:.2f} %" in page
 
 
-def runs_of(folders: str, recipe: str, backbone: str) -> list[tuple[dict, dict]]:
-    """A recipe's runs in the folders of that pattern, each with the plain run of its folder and seed."""
-    found = []
-    for path in sorted((RESULTS / "recipe_study").glob(f"{folders}/{backbone}-{recipe}-seed*.json")):
-        run = json.loads(path.read_text())
-        plain = path.parent / f"{backbone}-plain-seed{run['settings']['seed']}.json"
-        found.append((json.loads(plain.read_text()), run))
-    return found
+def runs_of(recipe: str, backbone: str, studies: str = "") -> list[tuple[dict, dict]]:
+    """A recipe's runs in the studies whose names begin so, each with the plain run of its study and seed."""
+    runs = [run for run in recipe_runs.read_runs() if run["backbone"] == backbone and run["study"].startswith(studies)]
+    plain = {(run["study"], run["seed"]): run for run in runs if run["recipe"] == "plain"}
+    return [(plain[run["study"], run["seed"]], run) for run in runs if run["recipe"] == recipe]
 
 
+EIGHT = "fine tuned 8 epochs"
 CIFAR10 = (
-    ("ViT, from scratch on 5,000 images", "vit_5000_images_from_scratch", "influence-votes_1-values_1"),
-    ('ViT, `fine_tuning_recipe(game="adapted")`, 8 epochs', "vit_fine_tuned_8_epochs*", "with_adapters-spread_sizes"),
+    ("ViT, from scratch on 5,000 images", "5000 images from scratch", "influence, votes 1, values 1"),
+    ('ViT, `fine_tuning_recipe(game="adapted")`, 8 epochs', EIGHT, "with adapters, spread sizes"),
     (
         "ViT, 4 epochs of `refinement_recipe` after these",
-        "vit_fine_tuned_8_epochs*",
-        "with_adapters-spread_sizes-then_the_head_alone-four_pairs",
+        EIGHT,
+        "with adapters, spread sizes, then the head alone, four pairs",
     ),
     (
         "ViT, 8 epochs of it without augmentation, after one of these",
-        "vit_fine_tuned_8_epochs",
-        "with_adapters-spread_sizes-then_the_head_alone-four_pairs-8_epochs_without_augmentation",
+        EIGHT,
+        "with adapters, spread sizes, then the head alone, four pairs, 8 epochs without augmentation",
     ),
     (
         "ViT, four pairs of the kernel's coalition sizes, then 4 epochs of the head alone",
-        "vit_fine_tuned_8_epochs*",
-        "with_adapters-four_pairs-then_the_head_alone",
+        EIGHT,
+        "with adapters, four pairs, then the head alone",
     ),
-    (
-        "ViT, frozen, 8 more epochs",
-        "vit_fine_tuned_8_epochs*",
-        "plain-then_frozen_with_adapters-spread_sizes",
-    ),
+    ("ViT, frozen, 8 more epochs", EIGHT, "plain, then frozen with adapters, spread sizes"),
     (
         "ViT, frozen, four such pairs, 12 more epochs",
-        "vit_fine_tuned_8_epochs*",
-        "plain-then_frozen_with_adapters-four_pairs-then_the_head_alone",
+        EIGHT,
+        "plain, then frozen with adapters, four pairs, then the head alone",
     ),
     (
         'ConvNeXt, `fine_tuning_recipe(game="adapted")`, 8 epochs',
-        "convnext_fine_tuned_8_epochs",
-        "with_adapters-convolutions-spread_sizes",
+        EIGHT,
+        "with adapters, convolutions, spread sizes",
     ),
     (
         "ConvNeXt, 4 epochs of `refinement_recipe` after these",
-        "convnext_fine_tuned_8_epochs",
-        "with_adapters-convolutions-spread_sizes-then_the_head_alone-four_pairs",
+        EIGHT,
+        "with adapters, convolutions, spread sizes, then the head alone, four pairs",
     ),
     (
         "ConvNeXt, frozen, larger head, more pairs, all of spread sizes, 24 more epochs",
-        "convnext_fine_tuned_8_epochs",
-        "plain-then_frozen_with_adapters-four_own_layers-four_spread_pairs-then_sixty-four_for_10_epochs"
-        "-sixteen_without_augmentation_for_6",
+        EIGHT,
+        "plain, then frozen with adapters, four own layers, four spread pairs, then sixty-four for 10 epochs, "
+        "sixteen without augmentation for 6",
     ),
 )
 
@@ -399,8 +357,8 @@ CIFAR10 = (
 def cifar10_rows() -> list[str]:
     """README's rows on CIFAR-10, means over seeds."""
     rows = []
-    for title, folders, recipe in CIFAR10:
-        runs = runs_of(folders, recipe, title.split(",")[0].lower())
+    for title, study, recipe in CIFAR10:
+        runs = runs_of(recipe, title.split(",")[0].lower(), study)
         plain, joint = ([100 * run["accuracy"] for run in kind] for kind in zip(*runs, strict=True))
         differences = [ours - other for ours, other in zip(joint, plain, strict=True)]
         spread = f" (sd {stdev(differences):.2f})" if len(runs) > 1 else ""
@@ -410,7 +368,7 @@ def cifar10_rows() -> list[str]:
             f"{mean(plain):.2f} %",
             f"{mean(joint):.2f} %",
             f"{mean(differences):+.2f}{spread}",
-            *(f"{mean(run['certificate'][name] for _, run in runs):.3f}" for name in ("correlation", "error_ratio")),
+            *(f"{mean(run[name] for _, run in runs):.3f}" for name in ("correlation", "error")),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
@@ -423,38 +381,38 @@ def test_the_table_on_cifar10_is_that_of_its_result_files():
 @pytest.mark.parametrize(
     ("backbone", "name", "least"),
     [
-        ("vit", "with_adapters-spread_sizes", 3),
-        ("convnext", "with_adapters-convolutions-spread_sizes", 3),
-        ("vit", "plain-then_frozen_with_adapters-spread_sizes", 3),
+        ("vit", "with adapters, spread sizes", 3),
+        ("convnext", "with adapters, convolutions, spread sizes", 3),
+        ("vit", "plain, then frozen with adapters, spread sizes", 3),
     ],
 )
 def test_the_recipe_with_adapters_is_one_that_was_measured(backbone, name, least):
-    runs = runs_of("*", name, backbone)
+    runs = runs_of(name, backbone)
     assert len(runs) >= least
     for _, found in runs:
-        assert found["frozen"] == ("frozen" in name)
-        options = found["settings"]["learning_rate"], backbone, "adapted"
-        model_options, training_options = fine_tuning_recipe(*options)
-        if found["frozen"]:  # a classifier that does not learn takes no share of any gradient
+        options, rate = found["options"], found["settings"]["learning_rate"]
+        assert options["frozen"] == ("frozen" in name)
+        model_options, training_options = fine_tuning_recipe(rate, backbone, "adapted")
+        if options["frozen"]:  # a classifier that does not learn takes no share of any gradient
             model_options = {key: value for key, value in model_options.items() if not key.endswith("_gradient")}
-        assert model_options.items() <= found["config"].items()
-        assert training_options.pop("learning_rate") == found["settings"]["learning_rate"]
-        assert training_options == {key: value for key, value in found["training"].items() if key != "shapley_weight"}
-        assert found["training"]["shapley_weight"] == ShapleyTrainingArguments.shapley_weight
+        assert model_options.items() <= options["config"].items()
+        assert training_options.pop("learning_rate") == rate
+        weight = {"shapley_weight": ShapleyTrainingArguments.shapley_weight}
+        assert training_options | weight == options["training"]
 
 
 def test_the_refinement_recipe_is_one_that_was_measured():
     for backbone, name, least in (
-        ("vit", "with_adapters-spread_sizes-then_the_head_alone-four_pairs", 3),
-        ("convnext", "with_adapters-convolutions-spread_sizes-then_the_head_alone-four_pairs", 2),
+        ("vit", "with adapters, spread sizes, then the head alone, four pairs", 3),
+        ("convnext", "with adapters, convolutions, spread sizes, then the head alone, four pairs", 2),
     ):
-        runs = runs_of("*", name, backbone)
+        runs = runs_of(name, backbone)
         assert len(runs) >= least
         for _, found in runs:
-            assert found["frozen"] and not found["shared_epochs"] and found["head_epochs"] == 4
+            options, rate = found["options"], found["settings"]["learning_rate"]
+            assert options["frozen"] and not options["shared_epochs"] and options["head_epochs"] == 4
             # What the study adds for the head alone to learn by.
-            training = found["training"] | {"coalition_weight": 0.0, "value_gradient": 0.0}
-            rate = found["settings"]["learning_rate"]
+            training = options["training"] | {"coalition_weight": 0.0, "value_gradient": 0.0}
             assert refinement_recipe(rate).items() <= (training | {"learning_rate": rate}).items()
 
 
@@ -545,49 +503,12 @@ def test_every_result_file_names_the_command_that_made_it():
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
 
 
-OURS, ADAPTED = "the classifier's own", "the game with adapters"
-
-
-@pytest.mark.parametrize(
-    ("name", "table", "games"),
-    [
-        ("README.md", "| | accuracy, joint |", [OURS]),
-        ("README.md", "| | ViT | ConvNeXt |\n|---|---|---|\n| step with `fine_tuning_recipe(game", [ADAPTED]),
-        ("README.md", "| | ViT | ConvNeXt |\n|---|---|---|\n| step with every default", [ADAPTED]),
-        ("README.md", "| | seeds |", [ADAPTED]),
-        ("docs/recipe.md", "## A checkpoint", [OURS, ADAPTED]),
-        ("docs/faithfulness.md", "### From scratch", ["its own", "the classifier's with adapters"]),
-    ],
-)
-def test_figures_say_which_head_and_game_were_measured(name, table, games):
-    """Until they are measured again: the head as first built, and whose game, in the paragraphs before the table."""
-    page = (ROOT / name).read_text(encoding="utf-8")
-    before = " ".join(" ".join(page[: page.index(table)].split("\n\n")[-3:]).split())
-    assert re.search(r"with the (attribution )?head as first built", before)
-    assert all(game in before for game in games)
-
-
 def test_the_recommended_recipe_has_the_run_that_readme_tells():
-    ((plain, found),) = runs_of("vit_fine_tuned_8_epochs", "own_game", "vit")
-    accuracy, error = 100 * found["accuracy"], found["certificate"]["error_ratio"]
+    ((plain, found),) = runs_of("own game", "vit", EIGHT)
+    accuracy, error, options = 100 * found["accuracy"], found["error"], found["options"]
     lost = f"{accuracy - 100 * plain['accuracy']:+.2f} points"
     assert f"in 8 epochs to {accuracy:.2f} %, {lost}, with an error of {error:.3f}" in " ".join(README.split())
     rate = found["settings"]["learning_rate"]
     model_options, training_options = fine_tuning_recipe(rate)
-    assert model_options == found["config"]
-    assert training_options == {**found["training"], "learning_rate": rate}
-
-
-@pytest.mark.parametrize(
-    ("heading", "game"), [("## A checkpoint: its own game", "own"), ("## Another game: adapters", "adapted")]
-)
-def test_the_settings_that_the_recipe_page_names_are_the_recipes(heading, game):
-    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
-    section = page[page.index(heading) :].split("\n## ")[0].split("\n**")[0]
-    named = re.findall(r"\(`.*?`\)", section, flags=re.DOTALL)
-    named = [pair for text in named for pair in re.findall(r"`(\w+)=([^`]+)`", text)]
-    recipes = [fine_tuning_recipe(5e-4, backbone, game) for backbone in ("vit", "convnext")]
-    options = [{**model, **training} for model, training in recipes]
-    assert len(named) >= 4
-    for name, value in named:
-        assert any(option.get(name) == literal_eval(value) for option in options), name
+    assert model_options == options["config"]
+    assert training_options == {**options["training"], "learning_rate": rate}
