@@ -69,14 +69,12 @@ from .publishing.hub import push_to_hub
 from .publishing.model_card import ShapleyModelCard, ShapleyModelCardData, render_model_card, write_model_card
 from .training.checkpoints import last_complete_checkpoint
 from .training.losses import (
-    coalition_label_loss,
     coalition_loss,
     coalition_regression_loss,
     paired_residual_loss,
     paired_shapley_loss,
     shapley_loss,
 )
-from .training.recipes import fine_tuning_recipe, refinement_recipe
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -84,8 +82,9 @@ if TYPE_CHECKING:
     from .publishing.dataset_explanations import ExplanationRun, explain_dataset, load_explanations
     from .publishing.export import export_onnx, export_program
     from .publishing.interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
+    from .training.arguments import ShapleyTrainingArguments
     from .training.digits import digits_dataset, train_digits_model
-    from .training.trainer import ShapleyTrainer, ShapleyTrainingArguments
+    from .training.trainer import ShapleyTrainer
 
 # Loaded when first asked for: they need `datasets`, `evaluate`, the Trainer or the exporter, which whoever only
 # classifies and explains would wait for, and hold 100 MB of, in vain.
@@ -95,7 +94,8 @@ _LAZY = {
     "publishing.export": ["export_onnx", "export_program"],
     "publishing.interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
     "faithfulness.evaluate_metrics": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],
-    "training.trainer": ["ShapleyTrainer", "ShapleyTrainingArguments"],
+    "training.arguments": ["ShapleyTrainingArguments"],
+    "training.trainer": ["ShapleyTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -132,7 +132,6 @@ __all__ = [
     "attribution_figure",
     "attribution_grid",
     "captum_forward",
-    "coalition_label_loss",
     "coalition_loss",
     "coalition_regression_loss",
     "coalitions_to_ids",
@@ -146,7 +145,6 @@ __all__ = [
     "export_onnx",
     "export_program",
     "faithfulness_correlation",
-    "fine_tuning_recipe",
     "grid_pointing_game",
     "ids_to_coalitions",
     "importance_weights",
@@ -170,7 +168,6 @@ __all__ = [
     "push_to_hub",
     "ranked_coalitions",
     "refine",
-    "refinement_recipe",
     "render_model_card",
     "sample_coalitions",
     "sample_uniform_sizes",

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from ..models.configuration_shapley import ShapleyConfigMixin
-from ..models.heads import is_own_part
 from .hub import label_names, with_what_holds
 from .model_card import ShapleyModelCardData, render_model_card
 
@@ -139,16 +138,15 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
     """The settings that a reader needs to train such a model again."""
     stock = {argument.name for argument in fields(TrainingArguments)}
     own = [argument.name for argument in fields(trainer.args) if argument.name not in stock]
-    settings = {name: getattr(trainer.args, name) for name in (*RECIPE, *own)}
-    parameters = trainer.model.named_parameters()
+    # The trainer knows what None stands for.
+    settings = {name: getattr(trainer, name, getattr(trainer.args, name)) for name in (*RECIPE, *own)}
     config = trainer.model.config
     changed = [option.name for option in fields(ShapleyConfigMixin) if getattr(config, option.name) != option.default]
-    frozen = not any(parameter.requires_grad for name, parameter in parameters if not is_own_part(name))
     return {
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
-        **{name: getattr(config, name) for name in dict.fromkeys(["attribution_head", *changed])},
-        **({"classifier": "frozen"} if frozen else {}),
+        **{name: getattr(config, name) for name in dict.fromkeys(["vote_readout", *changed])},
+        **({"classifier": "frozen"} if trainer.is_frozen else {}),
         **{name: getattr(value, "value", value) for name, value in settings.items()},
     }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.checks import check_count, check_device, check_floats, check_label_ids
+from ..models.checks import check_count, check_device, check_floats
 from ..models.coalitions import check_coalitions, sum_over_coalitions
 
 
@@ -130,42 +130,6 @@ def coalition_regression_loss(values: Tensor, targets: Tensor, *, weights: Tenso
     _check_values(values, weights)
     targets = targets.detach().reshape(len(targets), *[1] * (values.ndim - 2), -1)
     return _weighted((values - targets.to(values.dtype)).square().mean(-1), weights).mean()
-
-
-def coalition_label_loss(
-    values: Tensor, labels: Tensor, *, multi_label: bool = False, weights: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of the coalitions' values with the true labels.
-
-    Args:
-        values: v(S), (B, ..., K), in logits.
-        labels: (B) long; (B, K) float with `multi_label`, or as probabilities of exclusive labels.
-        multi_label: independent labels (sigmoid) instead of exclusive ones (softmax).
-        weights: of each coalition, as in `coalition_loss`.
-
-    Returns:
-        Scalar, mean over images and coalitions.
-    """
-    _check_values(values, weights)
-    check_device(labels, "labels", values.device)
-    flat = values.flatten(1, -2)  # (B, coalitions, K)
-    weights = None if weights is None else weights.flatten(1)
-    are_probabilities = isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2
-    if multi_label or are_probabilities:
-        labels = labels.to(flat.dtype) if isinstance(labels, Tensor) else labels
-        check_floats(labels, "labels", (len(values), values.shape[-1]))
-        targets = labels.unsqueeze(1).expand_as(flat)
-        if multi_label:
-            losses = F.binary_cross_entropy_with_logits(flat, targets, reduction="none").mean(-1)
-        else:
-            losses = -(targets * flat.log_softmax(-1)).sum(-1)
-        return _weighted(losses, weights).mean()
-    # Elsewhere than on the CPU the check would make the host wait in every training step.
-    if not isinstance(labels, Tensor) or labels.device.type == "cpu":
-        labels = check_label_ids(labels, "labels", len(flat), flat.shape[-1], may_be_unknown=True)
-    targets = labels.unsqueeze(1).expand(flat.shape[:2])
-    losses = _weighted(F.cross_entropy(flat.transpose(1, 2), targets, reduction="none"), weights)
-    return losses.sum() / (targets >= 0).sum()  # unknown labels have no loss
 
 
 def _weighted(losses: Tensor, weights: Tensor | None) -> Tensor:

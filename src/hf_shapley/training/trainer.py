@@ -3,10 +3,8 @@
 import logging
 import shutil
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,130 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import default_data_collator
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from ..data.labels import check_labels_of_checkpoint
 from ..data.picture_rows import named_pictures
 from ..faithfulness.certificate import attribution_error_certificate
-from ..models.checks import check_count, check_number
-from ..models.coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
-from ..models.heads import is_own_part, scale_gradient, weight_of
-from ..models.modeling_shapley import ShapleyImageClassifierOutput
-from ..publishing.hub import keep_card_of_hub
-from ..publishing.model_card import write_model_card
-from ..publishing.training_card import render_training_card
+from ..models.heads import is_own_part
+from .arguments import MEASURED, ShapleyTrainingArguments
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
-from .losses import coalition_label_loss, coalition_loss, coalition_regression_loss, paired_residual_loss
+from .joint_loss import NO_STEP, JointLossTrainer
 
 logger = logging.getLogger(__name__)
 
-COALITION_TARGETS = ("prediction", "label")
-MEASURED = "attribution_error"  # of an evaluation, with its interval
-NO_STEP = (-1, 0)  # (optimizer step, batches of it seen) before the first one
 
-
-@dataclass
-class ShapleyTrainingArguments(TrainingArguments):
-    """`TrainingArguments` plus the knobs of the joint loss."""
-
-    shapley_weight: float = field(default=1.0, metadata={"help": "Weight of the Shapley regression."})
-    shapley_warmup: float = field(
-        default=0.0, metadata={"help": "Fraction of the training steps over which `shapley_weight` ramps up from 0."}
-    )
-    coalition_weight: float = field(default=1.0, metadata={"help": "Weight of the masked predictions' loss."})
-    coalition_target: str = field(
-        default="prediction",
-        metadata={"help": "What masked predictions learn: the full image's 'prediction', or the true 'label'."},
-    )
-    value_gradient: float = field(
-        default=1.0,
-        metadata={"help": "Share of the Shapley regression's gradient that flows through v(S): 0 detaches it."},
-    )
-    odd_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the odd part of a pair's error, which Shapley values depend on."}
-    )
-    readout_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight, beside the Shapley regression on the labels and times its own, of that on what the "
-            "classifier reads, whatever the labels: attributions then hold for labels to come."
-        },
-    )
-    even_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the even part of a pair's error, which measures interactions."}
-    )
-    num_pairs: int = field(default=1, metadata={"help": "Pairs (coalition and complement) per image and step."})
-    coalition_sizes: str = field(
-        default="kernel",
-        metadata={"help": "Sizes of coalitions: drawn by the Shapley 'kernel', or 'spread' more evenly and weighted."},
-    )
-    shapley_fraction: float = field(
-        default=1.0, metadata={"help": "Fraction of each batch that takes the Shapley branch, above 0."}
-    )
-    value_gradient_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "Fraction of the Shapley branch's images that learn through v(S), with a weight that makes up for "
-            "the others, whose v(S) is evaluated without gradient; above 0."
-        },
-    )
-    shapley_every: int = field(default=1, metadata={"help": "Take the Shapley branch on every k-th step only."})
-    attribution_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of the attribution head and coalition adapters, whose weights start new; default "
-            "that of all."
-        },
-    )
-    attribution_error_images: int = field(
-        default=0,
-        metadata={
-            "help": "Images of each evaluation data set, its first ones, to measure the attribution error on: "
-            "`eval_attribution_error`, and its interval `eval_attribution_error_low` and `_high`, to be trusted for "
-            "20 images or more. Each image costs two forwards for each of its patches. 0 leaves it out."
-        },
-    )
-
-    def __post_init__(self):
-        self._prepare_to_measure()
-        super().__post_init__()
-        for name in ("shapley_warmup", "value_gradient"):
-            check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
-        for name in ("shapley_fraction", "value_gradient_fraction"):
-            check_number(getattr(self, name), name, "above 0, at most 1", lambda share: 0 < share <= 1)
-        for name in ("shapley_weight", "coalition_weight", "readout_weight", "odd_weight", "even_weight"):
-            check_number(getattr(self, name), name, "0 or more, finite", lambda weight: 0 <= weight < float("inf"))
-        if self.attribution_learning_rate is not None:
-            check_number(
-                self.attribution_learning_rate,
-                "attribution_learning_rate",
-                "above 0, finite",
-                lambda x: 0 < x < float("inf"),
-            )
-        for name in ("num_pairs", "shapley_every"):
-            check_count(getattr(self, name), name)
-        for name, choices in (("coalition_target", COALITION_TARGETS), ("coalition_sizes", COALITION_SIZES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.ddp_find_unused_parameters is None:
-            # One forward per step uses every parameter: looking for unused ones would only cost time.
-            self.ddp_find_unused_parameters = False
-
-    def _prepare_to_measure(self) -> None:
-        """Refuse too few images for the attribution error; the best model is that of the least."""
-        images, chooses = self.attribution_error_images, MEASURED in (self.metric_for_best_model or "")
-        check_count(images, "attribution_error_images", 0)
-        if images == 1 or (chooses and images == 0):
-            raise ValueError(
-                f"`attribution_error_images` must be at least 2 to measure an error, got {images}: 32 is a good start."
-            )
-        if chooses and self.greater_is_better is None:
-            self.greater_is_better = False  # the stock rule is that greater is better, of a loss alone not
-
-
-def _collate(rows: list[Any]) -> dict[str, Any]:
+def collate(rows: list[Any]) -> dict[str, Any]:
     """A batch as transformers' default collator makes it, which leaves text out: labels that are text are refused."""
     first = rows[0] if isinstance(rows[0], Mapping) else {}
     for name in ("label", "labels", "label_ids"):
@@ -149,7 +39,7 @@ def _collate(rows: list[Any]) -> dict[str, Any]:
     return default_data_collator(rows)
 
 
-class ShapleyTrainer(Trainer):
+class ShapleyTrainer(JointLossTrainer):
     """A `Trainer` for Shapley image classifiers: classes, masked predictions and Shapley regression in one forward.
 
     Each term is logged next to `loss`, averaged over the steps since the last log and over processes, unweighted:
@@ -174,28 +64,22 @@ class ShapleyTrainer(Trainer):
                 f"`model` must be a Shapley image classifier, got {type(model).__name__}: load the checkpoint with "
                 "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification."
             )
-        # Steps without coalitions leave adapters out; the accelerator asks before `model_init` says if there are any.
-        if args.shapley_every > 1 and (model is None or getattr(model.config, "coalition_adapter_size", 0)):
-            args.ddp_find_unused_parameters = True
-        kwargs["data_collator"] = kwargs.get("data_collator") or _collate
+        kwargs["data_collator"] = kwargs.get("data_collator") or collate
         super().__init__(model, args, **kwargs)
         if args.attribution_error_images and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
                 "`attribution_error_images` needs the whole model in one process, but FSDP and DeepSpeed ZeRO-3 "
                 "divide it: set it to 0, and measure the saved model with `attribution_error_certificate`."
             )
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_counts: dict[str, int] = defaultdict(int)
-        self._micro_step = NO_STEP
         self._has_warned = False
         if self.compute_loss_func is not None:
             self.loss_is_scaled_for_ga = True
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The stock optimizer; an attribution head with a learning rate of its own has parameter groups of its own."""
+        """The stock optimizer; the attribution head, at a learning rate of its own, has parameter groups of its own."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if self.args.attribution_learning_rate is None or not is_new:
+        if not is_new:
             return optimizer
         named = (self.model if model is None else model).named_parameters()
         head = {id(parameter) for name, parameter in named if is_own_part(name)}
@@ -203,129 +87,8 @@ class ShapleyTrainer(Trainer):
             mine = [parameter for parameter in group["params"] if id(parameter) in head]
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
             if mine:
-                optimizer.add_param_group({**group, "params": mine, "lr": self.args.attribution_learning_rate})
+                optimizer.add_param_group({**group, "params": mine, "lr": self.attribution_learning_rate})
         return optimizer
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Joint loss of one batch while training; the stock classification loss while evaluating."""
-        if not model.training:
-            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
-        if "labels" not in inputs or "pixel_values" not in inputs:
-            raise ValueError(
-                f"Training needs `pixel_values` and `labels` in each batch, got {sorted(inputs)}: check the data "
-                "set's columns, the data collator and `remove_unused_columns`."
-            )
-        micro_step = self._count_micro_step()
-        labels = inputs["labels"]
-        inputs = self._for_model(inputs)
-        if self.state.global_step % self.args.shapley_every:
-            outputs = model(**inputs)
-            terms = {"classification": self._classification_loss(outputs, labels, num_items_in_batch)}
-            # Every parameter takes part in every step, as distributed training expects.
-            loss = terms["classification"] + 0.0 * outputs.attributions.sum()
-        else:
-            coalitions = self._draw_coalitions(model, inputs, micro_step)  # (B', R, N)
-            learning = _share(self.args.value_gradient_fraction, len(coalitions))
-            structures = {"coalition_ids": coalitions_to_ids(coalitions), "num_coalitions": 2}
-            outputs = model(**inputs, **structures, sums_only=True, num_with_gradient=learning)
-            importance = importance_weights(coalitions, self.args.coalition_sizes)
-            terms = self.loss_terms(outputs, coalitions.shape[-1], labels, learning, importance, num_items_in_batch)
-            weights = {
-                "classification": 1.0,
-                "coalition": self.args.coalition_weight,
-                "shapley": self.shapley_weight,
-                "readout": self.shapley_weight * self.args.readout_weight,
-            }
-            loss = sum(weights[name] * term for name, term in terms.items())
-        for name, term in terms.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
-            self._term_counts[name] += 1
-        if self.loss_is_scaled_for_ga:
-            loss = loss / self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
-
-    def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
-        """The stock classification loss, of probabilities too."""
-        if self.compute_loss_func is not None or not self._are_probabilities(inputs.get("labels")):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**self._for_model(inputs))
-        loss = self._classification_loss(outputs, inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
-
-    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch as the model takes it: without labels where the loss is not the model's own.
-
-        The model would take them for what its own loss does, and note that as its `problem_type`.
-        """
-        if self.compute_loss_func is None and not self._are_probabilities(inputs["labels"]):
-            return inputs
-        return {name: value for name, value in inputs.items() if name != "labels"}
-
-    def _are_probabilities(self, labels: Any) -> bool:
-        """Whether labels are probabilities of classes that exclude each other, as MixUp and CutMix make them."""
-        is_single = self.model.config.problem_type == "single_label_classification"
-        return is_single and isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2
-
-    def loss_terms(
-        self,
-        outputs: ShapleyImageClassifierOutput,
-        num_players: int,
-        labels: Tensor,
-        num_with_gradient: int | None = None,
-        importance: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
-        """The joint loss's unweighted terms, from the sums over pairs of coalitions (B', R, 2, K) of a forward.
-
-        Each pair counts by its `importance` (B', R), by default all alike. Of the B' images only the first
-        `num_with_gradient` learn through v(S): masked predictions and the even part, which does not depend on how
-        attributions are split, are theirs alone; in the odd part their gradient through v(S) stands for everyone's.
-        `num_items_in_batch` is for `compute_loss_func`.
-        """
-        gains = outputs.coalition_gains
-        learning = len(gains) if num_with_gradient is None else num_with_gradient
-        importance = torch.ones_like(gains[:, :, 0, 0]) if importance is None else importance
-        base_values = scale_gradient(outputs.base_values, self.model.config.coalition_gradient)
-        values = base_values + gains[:learning]
-
-        def regression(images: int, value_gradient: float, odd_weight: float, even_weight: float) -> Tensor:
-            residuals = scale_gradient(gains[:images], value_gradient) - outputs.coalition_attributions[:images]
-            parts = {"odd_weight": odd_weight, "even_weight": even_weight}
-            return paired_residual_loss(residuals, num_players, **parts, weights=importance[:images])
-
-        through_values = self.args.value_gradient
-        odd = regression(len(gains), through_values * len(gains) / learning, self.args.odd_weight, 0.0)
-        even = regression(learning, through_values, 0.0, self.args.even_weight)
-        return {
-            "classification": self._classification_loss(outputs, labels, num_items_in_batch),
-            "coalition": self._coalition_term(values, outputs.logits[:learning], labels[:learning], importance),
-            "shapley": odd + even,
-            **self._readout_term(outputs.readout_errors, num_players, importance),
-        }
-
-    def _readout_term(self, errors: Tensor, num_players: int, importance: Tensor) -> dict[str, Tensor]:
-        """The odd part of the regression on directions of the readout as long as the classifier's, all on average.
-
-        Over random directions v of mean squared length L^2 the mean of (v' r)^2 is L^2 times the mean of r^2.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        if model.attribution_head.correction is None or self.args.readout_weight == 0:
-            return {}
-        weight = weight_of(model.classifier, errors.shape[-1], errors).detach().float()
-        errors = weight.square().sum(-1).mean().sqrt() * errors
-        return {"readout": paired_residual_loss(errors, num_players, even_weight=0.0, weights=importance)}
-
-    def _coalition_term(self, values: Tensor, logits: Tensor, labels: Tensor, importance: Tensor) -> Tensor:
-        """Loss of masked predictions v(S), (B', R, 2, K), of which those of a pair count alike."""
-        weights = importance[: len(values)].unsqueeze(-1).expand(values.shape[:-1])
-        to_label = self.args.coalition_target == "label"
-        problem = self.model.config.problem_type
-        if problem == "regression" or (problem is None and values.shape[-1] == 1):  # as transformers has it
-            return coalition_regression_loss(values, labels if to_label else logits, weights=weights)
-        multi_label = problem == "multi_label_classification"
-        if to_label:
-            return coalition_label_loss(values, labels, multi_label=multi_label, weights=weights)
-        return coalition_loss(values, logits, multi_label=multi_label, weights=weights)
 
     @property
     def shapley_weight(self) -> float:
@@ -464,86 +227,6 @@ class ShapleyTrainer(Trainer):
         if not _internal_call:
             self.create_model_card(output_dir=output_dir)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        *,
-        output_dir: str | None = None,
-    ) -> None:
-        """Write a card with the data set, the last evaluation and the recipe; a card that somebody wrote is kept.
-
-        Args:
-            language: of the labels, as the Hub writes it.
-            license: as the Hub writes it.
-            tags: further tags.
-            model_name: title; defaults to the repository's or the folder's name.
-            finetuned_from: Hub id of the model that training started from; defaults to what the model remembers.
-            tasks: further tags.
-            dataset_tags: the data set's id on the Hub.
-            dataset: the data set's name; defaults to what the data set remembers.
-            dataset_args: the data set's configuration.
-            output_dir: folder of the README.md; defaults to `args.output_dir`.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        model_id = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
-        card = render_training_card(
-            self,
-            model_id=model_id,
-            model_name=model_name or model_id.split("/")[-1],
-            base_model=finetuned_from,
-            dataset={"name": dataset, "id": dataset_tags, "config": dataset_args},
-            tags=[tags, tasks],
-            license=license,
-            language=language,
-        )
-        write_model_card(folder / "README.md", card)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ):
-        """Upload model, code, image processor and card as `Trainer` does, keeping a card that somebody wrote there."""
-        if private is not None:
-            self.args.hub_private_repo = private  # the only way that every supported transformers knows
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token)
-        self._keep_card_of_hub(token, revision)
-        return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            try:
-                self._keep_card_of_hub()
-            except ConnectionError as error:
-                logger.warning("This checkpoint is not pushed: %s", error)
-                return
-            # The stock Trainer copies weights and configuration only, but the configuration names the code.
-            for path in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(path, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _keep_card_of_hub(self, token: str | None = None, revision: str | None = None) -> None:
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            revision = revision or self.args.hub_revision
-            keep_card_of_hub(self.hub_model_id, folder, token=token or self.args.hub_token, revision=revision)
-
     def _issue_warnings_after_load(self, load_result) -> None:
         """Refuse a checkpoint that does not hold this model's weights, where the stock Trainer only warns."""
         if load_result.missing_keys or load_result.unexpected_keys:
@@ -552,58 +235,7 @@ class ShapleyTrainer(Trainer):
                 f"{load_result.unexpected_keys[:3]} weights, among others: resume with the model that wrote it."
             )
 
-    def _classification_loss(
-        self, outputs: ShapleyImageClassifierOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Mean over the batch; what a caller's function made a mean over the global batch becomes one too."""
-        if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                processes = self.accelerator.num_processes // self.get_tp_size()
-                loss = loss * (processes if self.args.n_gpu <= 1 else self.args.n_gpu)
-            return loss * self.current_gradient_accumulation_steps
-        if self.label_smoother is not None or self._are_probabilities(labels):
-            return torch.nn.functional.cross_entropy(
-                outputs.logits, labels, label_smoothing=self.args.label_smoothing_factor
-            )
-        return outputs.loss
-
-    def _count_micro_step(self) -> int:
-        """Number of the batch within its optimizer step."""
-        step, seen = self._micro_step
-        seen = seen + 1 if step == self.state.global_step else 0
-        self._micro_step = (self.state.global_step, seen)
-        return seen
-
-    def _draw_coalitions(self, model, inputs: dict[str, Tensor], micro_step: int) -> Tensor:
-        """Coalitions (B', R, N) for the first images of this batch, cut from one draw for the whole global batch."""
-        pixel_values = inputs["pixel_values"]
-        height, width = self.accelerator.unwrap_model(model).grid_size(
-            *pixel_values.shape[-2:], bool(inputs.get("interpolate_pos_encoding"))
-        )
-        generator = torch.Generator(pixel_values.device)
-        # The CPU generator reads the low 32 bits of a seed only.
-        generator.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) % 2**32)
-        # A data loader or collator of the caller's may make other batches than the arguments say.
-        rows = max(self._train_batch_size, len(pixel_values))
-        place = micro_step * self.args.world_size + self.args.process_index
-        places = self.args.world_size * self.current_gradient_accumulation_steps
-        draw = sample_coalitions(
-            rows * max(places, place + 1),  # a subclass may ask for the loss of a batch more than once
-            self.args.num_pairs,
-            num_players=height * width,
-            sizes=self.args.coalition_sizes,
-            generator=generator,
-        )
-        return draw[place * rows : place * rows + _share(self.args.shapley_fraction, len(pixel_values))]
-
-
 def _values_of(model, pixels: Tensor, label: Tensor, options: dict[str, Any], coalitions: Tensor) -> Tensor:
     """The game of one image (C, H, W) and label (1), on the CPU: (M, N) -> (M, 1)."""
     values = model.coalition_values(pixels.unsqueeze(0), coalitions.unsqueeze(0).to(pixels.device), **options)
     return values[0, :, label].cpu()
-
-
-def _share(fraction: float, count: int) -> int:
-    """The nearest whole number to a fraction of `count`, at least 1."""
-    return max(1, round(fraction * count))
