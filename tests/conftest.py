@@ -35,9 +35,25 @@ CONVNEXT = dict(
 )
 
 
-def make_model(backbone: str, seed: int = 0, **options):
+# Kinds of attribution heads; "recommended" is what a plain checkpoint gets.
+BLOCKS = {"influence_own_layers": 0, "influence_layers": 2, "influence_block": "mlp"}
+HEADS = {
+    "votes": {"vote_readout": "patches", "influence_own_layers": 0, "influence_layers": 0},
+    "votes+influence": {"vote_readout": "patches", **BLOCKS},
+    "pooled": {"vote_readout": "pooled", **BLOCKS},
+    "pooled, own layer": {"vote_readout": "pooled", **BLOCKS, "influence_own_layers": 1},
+    "pooled, own layer, adapters": {
+        "vote_readout": "pooled", **BLOCKS, "influence_own_layers": 1, "coalition_adapter_size": 4
+    },
+    "recommended": {},
+    "adapted": {"coalition_adapter_size": 64},
+}  # fmt: skip
+
+
+def make_model(backbone: str, seed: int = 0, head: str = "votes", **options):
     """A small random model in evaluation mode, with weights large enough for every part to matter."""
     torch.manual_seed(seed)
+    options = HEADS[head] | options
     if backbone == "vit":
         model = ShapleyViTForImageClassification(ShapleyViTConfig(**{**VIT, **options}))
     else:
@@ -58,17 +74,9 @@ def attribution_head(request) -> str:
     return request.param
 
 
-@pytest.fixture(
-    params=["votes", "votes+influence", "pooled votes+influence", "pooled, own layer, adapters votes+influence"]
-)
+@pytest.fixture(params=["votes", "votes+influence", "pooled", "pooled, own layer, adapters"])
 def model(backbone, request):
-    return make_model(
-        backbone,
-        attribution_head=request.param.split()[-1],
-        vote_readout="pooled" if "pooled" in request.param else "patches",
-        influence_own_layers=int("own" in request.param),
-        coalition_adapter_size=4 * ("adapters" in request.param),
-    )
+    return make_model(backbone, head=request.param)
 
 
 @pytest.fixture

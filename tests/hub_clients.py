@@ -26,7 +26,7 @@ def altered_model(backbone: str, seed: int = 0):
     from conftest import make_model
 
     labels = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "num_labels": 2}
-    return make_model(backbone, seed, attribution_head="votes+influence", **labels)
+    return make_model(backbone, seed, head="votes+influence", **labels)
 
 
 def processor():

@@ -60,7 +60,7 @@ ATTRIBUTIONS = draw(B, N, K)
 MAPS = draw(B, K, 2, 3)
 PICTURE = Image.new("RGB", (12, 8), (10, 200, 30))
 HEAD = {
-    "attribution_head": "votes+influence", "influence_block": "mlp", "vote_layers": 1, "influence_layers": 1,
+    "head": "votes+influence", "influence_block": "mlp", "vote_layers": 1, "influence_layers": 1,
     "vote_gradient": 0.5, "influence_gradient": 0.5, "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1},
     "hidden_act": "gelu", "num_channels": 3, "patch_size": 4, "num_labels": 2,
 }  # fmt: skip
@@ -597,7 +597,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for backbone in ("vit", "convnext"):
         folders[backbone] = tmp_path_factory.mktemp(backbone)
-        make_model(backbone, attribution_head="votes+influence", hidden_act="gelu").save_pretrained(folders[backbone])
+        make_model(backbone, head="votes+influence", hidden_act="gelu").save_pretrained(folders[backbone])
     return folders
 
 

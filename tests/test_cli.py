@@ -215,7 +215,7 @@ def test_evaluate_follows_the_scores_of_the_model(options, link, tmp_path, capsy
 def test_evaluate_says_whose_game_was_played(tmp_path, capsys):
     """In its text and in its JSON, and so on the card; and that the certificate is about images like these."""
     folder, out = str(tmp_path / "model"), tmp_path / "out.json"
-    make_model("vit", **fine_tuning_recipe(game="adapted")[0]).save_pretrained(folder)
+    make_model("vit", head="adapted").save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
     assert main(["evaluate", "--model", folder, "--images", "2", "--budget", "64", "-o", str(out)]) == 0
     printed, game = capsys.readouterr().out, "the classifier with adapters for masked images, absent patches dropped"
@@ -256,7 +256,7 @@ def test_a_bad_request_is_one_clear_line_and_nothing_written(checkpoint, picture
 
 def test_explain_says_that_attributions_were_not_trained(picture, tmp_path, capsys, caplog):
     folder = str(tmp_path / "model")
-    ShapleyViTForImageClassification(ShapleyViTConfig(**VIT, attribution_head="votes+influence")).save_pretrained(
+    ShapleyViTForImageClassification(ShapleyViTConfig(**VIT, head="votes+influence")).save_pretrained(
         folder
     )
     ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)

@@ -26,7 +26,7 @@ def nothing_compiled_before():
 
 
 def small_model(backbone: str, **options):
-    return make_model(backbone, **{"attribution_head": "votes+influence", **SMALL[backbone], **options})
+    return make_model(backbone, **{"head": "votes+influence", **SMALL[backbone], **options})
 
 
 def inputs(backbone: str = "vit") -> dict:

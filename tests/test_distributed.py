@@ -57,7 +57,7 @@ def train(folder: Path, backbone: str, accumulation: int, processes: int, **opti
         dataloader_pin_memory=False,
         **options,
     )
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0])
+    model = make_model(backbone, head="adapted")
     trainer = ShapleyTrainer(model, args, train_dataset=images())
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -113,7 +113,7 @@ def test_two_processes_train_as_one_on_the_same_global_batch(backbone, accumulat
     history = json.loads((two_processes / f"{name}.json").read_text())
     for ours, theirs in zip(history, logged(single), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    start = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0]).state_dict()
+    start = make_model(backbone, head="adapted").state_dict()
     for name, tensor in single.model.state_dict().items():
         torch.testing.assert_close(found[name], tensor, atol=2e-6, rtol=1e-4)
     assert any((tensor - start[name]).abs().max() > 1e-3 for name, tensor in found.items())
@@ -130,7 +130,7 @@ def test_two_processes_measure_the_attribution_error_of_one(two_processes, tmp_p
 @pytest.mark.parametrize("backbone", SHARDED)
 def test_shards_of_parameters_have_the_gradient_of_whole_ones(backbone, two_processes):
     found = torch.load(two_processes / f"sharded-{backbone}.pt")
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0]).train()
+    model = make_model(backbone, head="adapted").train()
     joint_loss(model).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-4)
@@ -161,7 +161,7 @@ def work(folder: Path) -> None:
         (folder / f"{kind}-{rank}").write_text(str(result.computed_rows))
     for backbone in SHARDED:
         layers = ShapleyViTForImageClassification._no_split_modules if backbone == "vit" else []
-        model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0]).train()
+        model = make_model(backbone, head="adapted").train()
         for module in model.modules():
             if type(module).__name__ in layers:  # as accelerate does it
                 fully_shard(module)

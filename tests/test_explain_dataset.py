@@ -60,7 +60,7 @@ def _cache(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("labels, expected", [("all", None), ("predicted", 1), (2, 2), (["LABEL_3", 0], None)])
 def test_rows_are_the_models_own_outputs(backbone, labels, expected, tmp_path):
-    model = make_model(backbone, attribution_head="votes+influence")
+    model = make_model(backbone, head="votes+influence")
     result = run(tmp_path, model=model, labels=labels)
     assert (result.num_rows, result.computed_rows) == (ROWS, ROWS)
     assert result.rows_per_second > 0

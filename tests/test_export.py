@@ -24,7 +24,7 @@ def batch(size: int) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11's own
 @pytest.mark.parametrize("block", ["mlp", "convolution", "backbone"])
 def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block, tmp_path):
-    model = make_model(backbone, attribution_head="votes+influence", influence_block=block).train()
+    model = make_model(backbone, head="votes+influence", influence_block=block).train()
     torch.export.save(export_program(model, image_size=SIZE), tmp_path / "model.pt2")
     assert model.training
     program = torch.export.load(tmp_path / "model.pt2").module()
@@ -39,7 +39,7 @@ def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block
 def test_an_onnx_file_takes_any_batch_size_and_gives_the_same(backbone, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0])
+    model = make_model(backbone, head="adapted")
     path = export_onnx(model, tmp_path / "folder" / "model.onnx", image_size=SIZE)
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(path)
@@ -62,7 +62,7 @@ def test_half_precision_gives_an_onnx_file_that_runs(dtype, tmp_path):
     """Such a model's file computes in float32 with the model's weights, and leaves the model as it is."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = make_model("vit", **fine_tuning_recipe()[0]).to(dtype)
+    model = make_model("vit", head="recommended").to(dtype)
     session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / "model.onnx", image_size=SIZE))
     assert next(model.parameters()).dtype == dtype
     found = session.run(None, {"pixel_values": batch(2).numpy()})

@@ -153,7 +153,7 @@ def test_compiled_it_trains_and_explains_the_same(backbone, recipe):
 
 
 def test_estimates_metrics_and_certificate_stay_on_the_device(backbone):
-    model = make_model(backbone, attribution_head="votes+influence").cuda()
+    model = make_model(backbone, head="votes+influence").cuda()
     images = batch()["pixel_values"][:2]
 
     def game_of(image):
@@ -174,7 +174,7 @@ def test_estimates_metrics_and_certificate_stay_on_the_device(backbone):
 
 
 def test_the_pipeline_explains_on_the_device(backbone, tmp_path):
-    make_model(backbone, attribution_head="votes+influence").save_pretrained(tmp_path)
+    make_model(backbone, head="votes+influence").save_pretrained(tmp_path)
     processor = ViTImageProcessorPil(size={"height": 16, "width": 24})
     picture = Image.effect_noise((24, 16), 64).convert("RGB")
     expected, found = (

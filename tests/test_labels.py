@@ -111,7 +111,7 @@ def load(folder, names: list[str] = NAMES, **options):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_checkpoints_labels_are_found_by_name(frozen, tmp_path):
     """A data set that numbers the checkpoint's classes in another order is trained and evaluated by their names."""
-    head = {"attribution_head": "votes+influence"}
+    head = {"head": "votes+influence"}
     saved = save_checkpoint(tmp_path / "model", dict(enumerate(NAMES[::-1])), **head)
     told = ["dog", "bee", "cat", "ant"]
     splits = split_of(tmp_path, train=classes(told), test=classes(told))
@@ -154,7 +154,7 @@ def test_a_checkpoint_without_classifier_gets_a_new_one(tmp_path):
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
     assert load(tmp_path).config.id2label == dict(enumerate(NAMES))
     with pytest.raises(ValueError, match="no classifier to keep"):
-        load(tmp_path, attribution_head="votes+influence", freeze_classifier=True)
+        load(tmp_path, head="votes+influence", freeze_classifier=True)
 
 
 def test_added_attributions_are_of_the_named_class():

@@ -79,7 +79,7 @@ def stock_voters(model, pixel_values):
         pooled = model.vit(pixel_values).last_hidden_state[:, 0]
     else:
         pooled = model.convnext(pixel_values).pooler_output
-    return (pooled - model._empty_token()).unsqueeze(1).expand(-1, PLAYERS, -1)
+    return (pooled - model.empty_token()).unsqueeze(1).expand(-1, PLAYERS, -1)
 
 
 def interrupt_once(module, call):
@@ -113,7 +113,7 @@ def test_attributions_sum_to_logits_less_base_values(model, pixel_values):
 
 
 def test_the_influence_term_changes_attributions_but_not_logits(backbone, pixel_values):
-    model = make_model(backbone, attribution_head="votes+influence")
+    model = make_model(backbone, head="votes+influence")
     before = model(pixel_values)
     nn.init.normal_(model.attribution_head.correction.weight)
     after = model(pixel_values)
@@ -304,7 +304,7 @@ def test_gradients_of_each_image_are_found_at_once(backbone, recipe, played, pix
 
 
 def test_half_precision_keeps_float32_sums(backbone, pixel_values):
-    model = make_model(backbone, attribution_head="votes+influence")
+    model = make_model(backbone, head="votes+influence")
     exact = model(pixel_values).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(pixel_values, coalition_ids=coalitions_to_ids(draw()))
@@ -421,7 +421,7 @@ def test_a_thread_that_ends_leaves_others_in_evaluation_mode(pixel_values):
 @pytest.mark.parametrize("own_layers", [0, 1, 2])
 def test_threads_that_record_do_not_see_each_other(backbone, own_layers, pixel_values):
     """What another thread computes in the midst of a recorded forward does not enter it."""
-    model = make_model(backbone, attribution_head="votes+influence", influence_own_layers=own_layers)
+    model = make_model(backbone, head="votes+influence", influence_own_layers=own_layers)
     expected = model(pixel_values)
     layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
@@ -477,7 +477,7 @@ def test_recording_changes_nothing(model, pixel_values):
 @pytest.mark.parametrize(("kind", "mixes"), [("mlp", False), ("convolution", True), ("backbone", True)])
 def test_influence_blocks_mix_tokens_or_not(backbone, kind, mixes):
     head = make_model(
-        backbone, attribution_head="votes+influence", influence_block=kind, influence_layers=1
+        backbone, head="votes+influence", influence_block=kind, influence_layers=1
     ).attribution_head
     tokens = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
     other = tokens.clone()
@@ -495,7 +495,7 @@ def test_influence_blocks_mix_tokens_or_not(backbone, kind, mixes):
 
 @pytest.mark.parametrize("kind", ["mlp", "convolution"])
 def test_new_influence_blocks_change_nothing(kind):
-    config = ShapleyViTConfig(**VIT, attribution_head="votes+influence", influence_block=kind)
+    config = ShapleyViTConfig(**VIT, head="votes+influence", influence_block=kind)
     tokens = torch.randn(2, 24, 32)
     for block in ShapleyViTForImageClassification(config).attribution_head.influence_blocks:
         assert torch.equal(block(tokens, (4, 6)), tokens)
@@ -504,7 +504,7 @@ def test_new_influence_blocks_change_nothing(kind):
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_own_layers_start_as_the_backbones_last_ones(backbone, readout, count, pixel_values, tmp_path):
-    model = make_model(backbone, attribution_head="votes+influence", vote_readout=readout)
+    model = make_model(backbone, head="votes+influence", vote_readout=readout)
     model.save_pretrained(tmp_path / "shared")
     own = SHAPLEY[backbone].from_pretrained(tmp_path / "shared", influence_own_layers=count).eval()
     assert len(own.attribution_head.own_blocks) == count
@@ -514,7 +514,7 @@ def test_own_layers_start_as_the_backbones_last_ones(backbone, readout, count, p
 
 
 def test_own_layers_that_have_learned_are_loaded_as_they_are(backbone, pixel_values, tmp_path):
-    options = {"attribution_head": "votes+influence", "influence_own_layers": 1, "influence_layers": 0}
+    options = {"head": "votes+influence", "influence_own_layers": 1, "influence_layers": 0}
     model = make_model(backbone, **options)  # weights of their own, unlike the backbone's
     model.save_pretrained(tmp_path)
     loaded = SHAPLEY[backbone].from_pretrained(tmp_path).eval()
@@ -522,7 +522,7 @@ def test_own_layers_that_have_learned_are_loaded_as_they_are(backbone, pixel_val
 
 
 def test_own_layers_leave_out_images_whose_attributions_nobody_asks_for(backbone, pixel_values):
-    model = make_model(backbone, attribution_head="votes+influence", influence_own_layers=1)
+    model = make_model(backbone, head="votes+influence", influence_own_layers=1)
     sizes = []
     model.attribution_head.own_blocks[0].register_forward_hook(lambda *called: sizes.append(len(called[-1])))
     ids = coalitions_to_ids(draw(batch=1))
@@ -536,11 +536,11 @@ def test_own_layers_leave_out_images_whose_attributions_nobody_asks_for(backbone
 
 
 def test_own_layers_leave_the_backbones_to_the_classifier(backbone, pixel_values):
-    options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
+    options = {"head": "pooled"}
     for own in (0, 1):
         model = make_model(backbone, influence_own_layers=own, **options)
         model(pixel_values).attributions.square().sum().backward()  # the votes' own gradient does not flow
-        layers, norm = model._last_layers(1)
+        layers, norm = model.last_layers(1)
         reached = [parameter.grad is not None for parameter in [*layers.parameters(), *norm.parameters()]]
         assert any(reached) == (own == 0)
         if own:
@@ -552,7 +552,7 @@ def test_own_layers_leave_the_backbones_to_the_classifier(backbone, pixel_values
 
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
 def test_adapters_act_where_players_are_absent_and_not_at_all_on_the_full_image(backbone, readout, pixel_values):
-    options = {"attribution_head": "votes+influence", "vote_readout": readout}
+    options = {"head": "votes+influence", "vote_readout": readout}
     adapted, bare = (make_model(backbone, coalition_adapter_size=size, **options) for size in (4, 0))
     bare.load_state_dict(adapted.state_dict(), strict=False)
     for name in ("logits", "attributions", "base_values"):
@@ -580,7 +580,7 @@ def test_adapters_start_at_nothing(backbone, pixel_values, tmp_path):
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
 @pytest.mark.parametrize("sums_only", [True, False])
 def test_the_classifiers_weights_get_a_share_of_the_coalitions_gradient(backbone, readout, sums_only, pixel_values):
-    options = {"attribution_head": "votes+influence", "vote_readout": readout, "vote_layers": 1}
+    options = {"head": "votes+influence", "vote_readout": readout, "vote_layers": 1}
     coalitions = sample_coalitions(3, 2, num_players=24, generator=torch.Generator().manual_seed(0))
 
     def gradients(share: float, checkpointing: bool = False) -> dict[str, torch.Tensor]:
@@ -695,7 +695,7 @@ def test_weights_that_an_adapter_changes_are_used_as_it_changes_them(attention):
 
 
 def test_a_pooled_vits_step_reaches_every_parameter(pixel_values):
-    model = make_model("vit", attribution_head="votes+influence", vote_readout="pooled", influence_own_layers=1)
+    model = make_model("vit", head="pooled", influence_own_layers=1)
     output = model(pixel_values, coalitions_to_ids(draw()), sums_only=True)
     (output.logits.sum() + output.coalition_gains.sum() + output.coalition_attributions.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -719,7 +719,7 @@ def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(atte
     ["embeddings", "layers", "layernorm", "classifier", "attribution_head", "coalition_adapters", "everything"],
 )
 def test_any_part_may_be_offloaded(backbone, offloaded, pixel_values, tmp_path):
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone, game="adapted")[0])
+    model = make_model(backbone, head="adapted")
     model.save_pretrained(tmp_path / "model")
     parts = [f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_children()]
     device_map = dict.fromkeys([*parts, "classifier", "attribution_head", "coalition_adapters"], "cpu")
@@ -741,7 +741,7 @@ def test_any_part_may_be_offloaded(backbone, offloaded, pixel_values, tmp_path):
 def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_path):
     """Neither from nor into an offloaded layer can be copied: refused, with the way round, not left at random."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
-    options = {"attribution_head": "votes+influence", "influence_own_layers": 1}
+    options = {"head": "votes+influence", "influence_own_layers": 1}
     whole = SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **options)
     place = {"backbone": whole.base_model_prefix}.get(offloaded, offloaded)
     where = {name: "disk" if name == place else "cpu" for name, _ in whole.named_children()}
@@ -754,8 +754,8 @@ def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_
 
 
 def test_own_layers_are_no_copies_of_what_is_quantised(backbone):
-    model = make_model(backbone, attribution_head="votes+influence", influence_own_layers=1)
-    layer = model._last_layers(1)[0][0]
+    model = make_model(backbone, head="votes+influence", influence_own_layers=1)
+    layer = model.last_layers(1)[0][0]
     linear = next(module for module in layer.modules() if isinstance(module, nn.Linear))
     linear.weight = nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="offloaded or quantised"):
@@ -777,7 +777,7 @@ def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values
 
 def test_auto_model_gives_the_backbones_features(backbone, pixel_values, tmp_path):
     """`AutoModel` loads of a checkpoint of ours what it would of a plain one; so does the pipeline for features."""
-    model = make_model(backbone, **fine_tuning_recipe(backbone=backbone)[0])
+    model = make_model(backbone, head="recommended")
     model.save_pretrained(tmp_path / "ours")
     features, report = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["missing_keys"] and not any(
@@ -810,7 +810,7 @@ def test_a_plain_classifier_keeps_every_weight(backbone, tmp_path):
 def test_the_pooled_readout_keeps_a_plain_classifiers_predictions(backbone, pixel_values, tmp_path):
     plain = plain_model(backbone)
     plain.save_pretrained(tmp_path)
-    options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
+    options = {"head": "pooled"}
     model = SHAPLEY[backbone].from_pretrained(tmp_path, **options).eval()
     torch.testing.assert_close(model(pixel_values).logits, plain(pixel_values).logits, atol=1e-5, rtol=1e-5)
 
@@ -818,7 +818,7 @@ def test_the_pooled_readout_keeps_a_plain_classifiers_predictions(backbone, pixe
 def test_a_pooled_vit_coalition_is_the_plain_classifier_without_the_other_patches(pixel_values, tmp_path):
     plain = plain_model("vit")
     plain.save_pretrained(tmp_path)
-    options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
+    options = {"head": "pooled"}
     model = SHAPLEY["vit"].from_pretrained(tmp_path, **options)
     coalitions = draw(structures=1)
     seen = nn.functional.pad(coalitions[:, 0], (1, 0), value=True).long()  # CLS is always there
@@ -827,7 +827,7 @@ def test_a_pooled_vit_coalition_is_the_plain_classifier_without_the_other_patche
 
 
 def test_a_pooled_convnext_coalition_is_the_mean_over_its_cells(pixel_values):
-    options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
+    options = {"head": "pooled"}
     model = make_model("convnext", **options)
     coalitions = draw(structures=1)
     apart = copy.deepcopy(model)  # each cell by itself, before the final norm
@@ -846,7 +846,7 @@ def test_a_pooled_convnext_coalition_is_the_mean_over_its_cells(pixel_values):
 def test_only_what_is_new_is_reported_missing(backbone, pixel_values, tmp_path):
     plain_model(backbone).save_pretrained(tmp_path)
     model, report = SHAPLEY[backbone].from_pretrained(
-        tmp_path, attribution_head="votes+influence", vote_layers=1, output_loading_info=True
+        tmp_path, head="votes+influence", vote_layers=1, output_loading_info=True
     )
     assert report["missing_keys"] and all(key.startswith("attribution_head.") for key in report["missing_keys"])
     votes = SHAPLEY[backbone].from_pretrained(tmp_path)
@@ -857,7 +857,7 @@ def test_only_what_is_new_is_reported_missing(backbone, pixel_values, tmp_path):
 
 HEADS = {
     "votes": {"vote_layers": 1},
-    "influence": {"attribution_head": "votes+influence"},
+    "influence": {"head": "votes+influence"},
     "recommended": fine_tuning_recipe()[0] | {"influence_layers": 1},
 }
 
@@ -898,7 +898,7 @@ def test_a_plain_classifier_that_would_read_patch_tokens_is_named_while_loading(
 @pytest.mark.parametrize("name", ["classifier.bias", "attribution_head.influence_norm.weight", "layernorm"])
 def test_weights_that_are_not_finite_are_refused(backbone, name, broken, pixel_values, tmp_path):
     """A checkpoint that holds some is not loaded; where training made some, `explain` names them in place of a map."""
-    model = make_model(backbone, attribution_head="votes+influence")
+    model = make_model(backbone, head="votes+influence")
     name = f"{model.base_model_prefix}.{name}.weight" if name == "layernorm" else name
     model.get_parameter(name).data[1] = broken
     with pytest.raises(ValueError, match=f"answers NaN or infinity: weights \\['{name}'\\] are not finite"):
@@ -910,7 +910,7 @@ def test_weights_that_are_not_finite_are_refused(backbone, name, broken, pixel_v
 
 def test_logits_beyond_half_precision_are_refused(backbone, pixel_values):
     """Every weight is finite, but what the layers make of them is not."""
-    model = make_model(backbone, attribution_head="votes+influence").to(torch.float16)
+    model = make_model(backbone, head="votes+influence").to(torch.float16)
     model.attribution_head.influence_norm.weight.data.fill_(6e4)
     with pytest.raises(ValueError, match="too large for torch.float16"):
         model.explain(pixel_values.half())
@@ -932,7 +932,7 @@ def test_a_plain_configuration_is_taken_as_ours(backbone, pixel_values, tmp_path
     plain_model(backbone).save_pretrained(tmp_path)
     labels = {"id2label": {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}, "num_labels": 5}
     config = AutoConfig.from_pretrained(tmp_path, **labels)
-    options = {"attribution_head": "votes+influence", "vote_readout": "pooled"}
+    options = {"head": "pooled"}
     model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, **options).eval()
     expected = SHAPLEY[backbone].from_pretrained(tmp_path, **options).eval()
     assert torch.equal(model(pixel_values).attributions, expected(pixel_values).attributions)
@@ -955,7 +955,7 @@ def test_labels_named_while_loading_are_saved_both_ways(backbone, tmp_path):
 def test_options_beside_our_configuration_leave_it_alone(backbone, tmp_path):
     make_model(backbone).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, attribution_head="votes+influence")
+    model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, head="votes+influence")
     assert (model.config.attribution_head, config.attribution_head) == ("votes+influence", "votes")
 
 
@@ -1104,7 +1104,7 @@ def test_options_given_while_loading_mean_what_they_mean_at_creation(backbone, t
     plain_model(backbone).save_pretrained(tmp_path)
     load = SHAPLEY[backbone].from_pretrained
     assert load(tmp_path).attribution_head.vote_gradient == 1
-    assert load(tmp_path, attribution_head="votes+influence").attribution_head.vote_gradient == 0
+    assert load(tmp_path, head="votes+influence").attribution_head.vote_gradient == 0
     with pytest.raises(ValueError, match="influence_block"):
         load(tmp_path, influence_block="gru")
 

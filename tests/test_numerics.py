@@ -30,7 +30,7 @@ PICTURES = {
 def model_for(backbone: str, players: int = 12, *, saturation: float = 1.0, **options):
     """A small model on a grid of so many players, whose logits are multiplied by `saturation`."""
     size = {"image_size": tuple(4 * edge for edge in GRIDS[players])} if backbone == "vit" else {}
-    model = make_model(backbone, **{"attribution_head": "votes+influence", **size, **options})
+    model = make_model(backbone, **{"head": "votes+influence", **size, **options})
     with torch.no_grad():
         model.classifier.weight *= saturation
     return model.train()
@@ -144,7 +144,7 @@ class Casts(TorchDispatchMode):
 def test_autocast_casts_tokens_once_for_attention_and_once_for_the_mlp():
     counts = []
     for layers in (2, 4):
-        model = make_model("vit", num_hidden_layers=layers, attribution_head="votes+influence", vote_readout="pooled")
+        model = make_model("vit", num_hidden_layers=layers, head="pooled")
         pixel_values = torch.randn(8, 3, 16, 24)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts(8 * 24 * model.config.hidden_size) as casts:
             model(pixel_values)

@@ -79,7 +79,7 @@ def test_exact_maps_are_good_and_wrong_ones_are_not():
 
     model = additive_model()
     assert verdicts(model, check=16) == ["good"] * 15
-    assert verdicts(make_model("vit", attribution_head="votes+influence"), check=64, top_k=1) == ["do not trust"] * 3
+    assert verdicts(make_model("vit", head="votes+influence"), check=64, top_k=1) == ["do not trust"] * 3
     right = model._attributions
     model._attributions = lambda *args: -right(*args)
     assert verdicts(model, check=64, top_k=1) == ["do not trust"] * 3

@@ -207,7 +207,7 @@ OWN_SIZES = ["vote_layers", "influence_layers", "influence_own_layers", "coaliti
 @pytest.mark.parametrize("sharded", [False, True])
 def test_sizes_beyond_the_weight_files_are_refused(backbone, auto, sharded, tmp_path):
     """A line of config.json that asks for 10^9 layers would keep a machine busy until its memory is full."""
-    model = make_model(backbone, attribution_head="votes+influence", influence_block="convolution")
+    model = make_model(backbone, head="votes+influence", influence_block="convolution")
     model.save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "5GB")
     load = (AutoModelForImageClassification if auto else type(model)).from_pretrained
     load(tmp_path)

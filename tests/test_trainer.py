@@ -71,7 +71,7 @@ def logged(trainer, name: str) -> list[float]:
 @pytest.mark.parametrize("sizes", ["kernel", "spread"])
 def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
     """L = CE + coalition_weight * mean w CE(v, p) + shapley_weight * N * mean w (v - base - sum phi)^2, slowly."""
-    model = make_model(backbone, attribution_head="votes+influence").train()
+    model = make_model(backbone, head="votes+influence").train()
     options = {
         "coalition_weight": 0.5,
         "shapley_weight": 2.0,
@@ -110,7 +110,7 @@ def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
 
 def test_the_readout_term_averages_over_directions(backbone, tmp_path):
     """It is the mean, over random directions in place of the classifier's weights, of the Shapley term's odd part."""
-    model = make_model(backbone, attribution_head="votes+influence", vote_readout="pooled")
+    model = make_model(backbone, head="pooled")
     trainer = make_trainer(tmp_path, model)
     batch = batch_of(images(2))
     coalitions = sample_coalitions(2, 3, num_players=24, generator=torch.Generator().manual_seed(0))
@@ -130,7 +130,7 @@ def test_the_readout_term_averages_over_directions(backbone, tmp_path):
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
 @pytest.mark.parametrize("adapters", ["none", "frozen", "learning"])
 def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(backbone, readout, adapters, tmp_path):
-    head = {"attribution_head": "votes+influence", "vote_layers": 1, "influence_own_layers": 1}
+    head = {"head": "votes+influence", "vote_layers": 1, "influence_own_layers": 1}
     model = make_model(backbone, vote_readout=readout, coalition_adapter_size=4 * (adapters != "none"), **head)
     model.freeze_classifier(adapters=adapters == "frozen")
     pixels = batch_of(images(4))["pixel_values"]
@@ -186,7 +186,7 @@ def test_accumulating_two_batches_of_four_is_one_batch_of_eight(backbone, tmp_pa
     for size, accumulation in ((8, 1), (4, 2)):
         trainer = make_trainer(
             tmp_path / str(size),
-            make_model(backbone, attribution_head="votes+influence"),
+            make_model(backbone, head="votes+influence"),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
             optim="sgd",
@@ -220,7 +220,7 @@ def test_value_gradient_scales_what_flows_through_the_values(tmp_path):
     torch.testing.assert_close(half[name], (through[name] + detached[name]) / 2)
 
 
-@pytest.mark.parametrize("config", [{}, {"attribution_head": "votes+influence", "vote_readout": "pooled"}])
+@pytest.mark.parametrize("config", [{}, {"head": "pooled"}])
 @pytest.mark.parametrize("target", ["prediction", "label"])
 def test_a_fraction_that_learns_through_the_values_gives_everyones_gradient_on_average(
     backbone, target, config, tmp_path
@@ -251,7 +251,7 @@ def test_a_fraction_that_learns_through_the_values_gives_everyones_gradient_on_a
 
 
 def test_the_shapley_term_leaves_detached_votes_alone(tmp_path):
-    config = {"attribution_head": "votes+influence", "influence_gradient": 0.0}
+    config = {"head": "votes+influence", "influence_gradient": 0.0}
     found = gradients(tmp_path, value_gradient=0.0, config=config)
     reached = {name for name, gradient in found.items() if gradient.abs().max() > 0}
     assert reached and all(name.startswith("attribution_head.") for name in reached)
@@ -285,7 +285,7 @@ def test_with_adapters_the_labels_alone_teach_the_classifier(backbone, tmp_path)
 
 
 def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):
-    model = make_model("vit", attribution_head="votes+influence", vote_layers=1)
+    model = make_model("vit", head="votes+influence", vote_layers=1)
     args = ShapleyTrainingArguments(
         str(tmp_path), learning_rate=1e-3, attribution_learning_rate=5e-3, weight_decay=0.1, use_cpu=True
     )
@@ -300,7 +300,7 @@ def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):
 
 
 def test_the_head_may_learn_on_alone(backbone, tmp_path):
-    model = make_model(backbone, attribution_head="votes+influence", vote_readout="pooled")
+    model = make_model(backbone, head="pooled")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("attribution_head." in name)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

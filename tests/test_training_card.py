@@ -62,7 +62,7 @@ def test_a_saved_model_has_a_card_with_results_and_recipe(tmp_path):
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_card_says_whether_attributions_were_trained(trained, tmp_path):
     """Without a training step, or with one that leaves the attribution head out, a limit of the card says so."""
-    trainer = make_trainer(tmp_path, model={"attribution_head": "votes+influence"})
+    trainer = make_trainer(tmp_path, model={"head": "votes+influence"})
     for module in trainer.model.attribution_head.modules():
         if isinstance(module, ZeroLinear):
             torch.nn.init.zeros_(module.weight)
@@ -74,7 +74,7 @@ def test_the_card_says_whether_attributions_were_trained(trained, tmp_path):
 
 def test_a_pushed_card_says_that_attributions_were_not_trained():
     results = {"model_name": "new", "limits": ["Small."]}
-    model = make_model("vit", attribution_head="votes+influence")
+    model = make_model("vit", head="votes+influence")
     assert with_what_holds(results, model) == {**results, "game": model.game_name}
     for module in model.attribution_head.modules():
         if isinstance(module, ZeroLinear):
@@ -83,7 +83,7 @@ def test_a_pushed_card_says_that_attributions_were_not_trained():
 
 
 def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
-    trainer = make_trainer(tmp_path, model={"attribution_head": "votes+influence", "coalition_adapter_size": 4})
+    trainer = make_trainer(tmp_path, model={"head": "votes+influence", "coalition_adapter_size": 4})
     trainer.model.freeze_classifier()
     trainer.create_model_card()
     assert "coalition adapter size: 4, classifier: frozen" in card_in(tmp_path).text

@@ -12,8 +12,8 @@ from hf_shapley import coalitions_to_ids, sample_coalitions
 
 HEADS = {
     "votes": {},
-    "votes+influence": {"attribution_head": "votes+influence"},
-    "pooled": {"attribution_head": "votes+influence", "vote_readout": "pooled", "influence_own_layers": 1},
+    "votes+influence": {"head": "votes+influence"},
+    "pooled": {"head": "pooled", "influence_own_layers": 1},
 }
 
 

@@ -1,0 +1,132 @@
+"""The one table of backbones: a new one is a file in `models/` and a line here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    BaseImageProcessor,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_vit import ShapleyViTForImageClassification
+
+
+def _small_tokens(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+
+
+def _small_cells(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
+    shape = {"hidden_sizes": [hidden_size], "depths": [num_layers], "num_stages": 1}
+    return {**shape, "patch_size": patch_size, "layer_scale_init_value": 1.0}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One backbone: our classes, the stock ones, and how a small model of it is shaped.
+
+    Args:
+        config: our configuration; its `recommended_head` is what a plain checkpoint gets.
+        model: our classifier.
+        plain_config: the stock configuration.
+        plain_model: the stock classifier.
+        processor: the stock image processor that needs no torchvision.
+        small: hidden_size, num_layers, image_size and patch_size -> options of a configuration.
+    """
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    plain_config: type[PreTrainedConfig]
+    plain_model: type[PreTrainedModel]
+    processor: type[BaseImageProcessor]
+    small: Callable[..., dict[str, Any]]
+
+
+FAMILIES: dict[str, Family] = {
+    "vit": Family(
+        ShapleyViTConfig,
+        ShapleyViTForImageClassification,
+        ViTConfig,
+        ViTForImageClassification,
+        ViTImageProcessorPil,
+        _small_tokens,
+    ),
+    "convnext": Family(
+        ShapleyConvNextConfig,
+        ShapleyConvNextForImageClassification,
+        ConvNextConfig,
+        ConvNextForImageClassification,
+        ConvNextImageProcessorPil,
+        _small_cells,
+    ),
+}
+"""By the model type of the plain checkpoint."""
+
+
+def family_of(model_type: str, name: str) -> Family:
+    """The family of a checkpoint's model type, plain or ours.
+
+    Raises:
+        ValueError: there is none.
+    """
+    plain = model_type.removeprefix("shapley-")
+    if plain not in FAMILIES:
+        raise ValueError(
+            f"{name} is of type {model_type!r}, which has no Shapley model: it must be one of {list(FAMILIES)}."
+        )
+    return FAMILIES[plain]
+
+
+class AutoShapleyForImageClassification:
+    """Chooses the Shapley model of a checkpoint, plain or ours, with the attribution head that suits it.
+
+        model = AutoShapleyForImageClassification.from_pretrained("google/vit-base-patch16-224")
+
+    A plain checkpoint keeps its predictions; its explanation is learned by `ShapleyTrainer`.
+    """
+
+    def __init__(self) -> None:
+        raise OSError("Make a model with `AutoShapleyForImageClassification.from_pretrained(checkpoint)`.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """As the chosen class's `from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            *args: passed on.
+            **kwargs: passed on: options of `from_pretrained` and of the configuration.
+
+        Raises:
+            ValueError: a checkpoint of an architecture without Shapley model.
+            OSError: what is wrong with the checkpoint.
+        """
+        model_type = checkpoint_type(pretrained_model_name_or_path, kwargs)
+        family = family_of(model_type, f"The checkpoint {str(pretrained_model_name_or_path)!r}")
+        return family.model.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def checkpoint_type(name: Any, options: Mapping[str, Any] | None = None) -> str:
+    """Model type of a folder or Hub id, from its config.json or the `config` given beside it."""
+    options = options or {}
+    if isinstance(options.get("config"), PreTrainedConfig):
+        return options["config"].model_type
+    places = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    return AutoConfig.from_pretrained(name, **{key: options[key] for key in places if key in options}).model_type
