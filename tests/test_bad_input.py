@@ -19,9 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hf_shapley
-from hf_shapley import certificate, coalitions, estimators, images, interoperability, losses, metrics, model_card
-from hf_shapley import visualization as vis
 from hf_shapley.cli import main
+from hf_shapley.faithfulness import certificate, estimators, metrics
+from hf_shapley.models import coalitions, images
+from hf_shapley.models import visualization as vis
+from hf_shapley.publishing import interoperability, model_card
+from hf_shapley.training import losses
 
 SOURCE = str(Path(hf_shapley.__file__).parent)
 B, M, N, K = 2, 4, 5, 3  # images, coalitions, players, labels

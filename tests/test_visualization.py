@@ -13,7 +13,7 @@ from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 from transformers.dynamic_module_utils import get_imports
 from transformers.utils import is_torchvision_available
 
-from hf_shapley import visualization
+from hf_shapley.models import visualization
 from hf_shapley.models.visualization import (
     BLUE_WHITE_RED,
     attribution_figure,
