@@ -23,8 +23,8 @@ CODE = {
     "heads.py",
     "images.py",
     "modeling_shapley.py",
+    "overlay.py",
     "pipeline_shapley.py",
-    "visualization.py",
 }
 
 

@@ -12,6 +12,8 @@ INTERNAL_MODULES = {
     "models/checks",
     "cli",
     "data/dataset_images",
+    "figures/optional_matplotlib",
+    "figures/panel_titles",
     "jobs/demo",
     "publishing/evaluation_card",
     "jobs/evaluation_job",
@@ -86,7 +88,7 @@ INTERNAL = {
         "pixel_values_of",
         "score_function",
     },
-    "models/visualization": {"check_enlargement"},
+    "models/overlay": {"check_box", "check_enlargement", "check_scale", "finite_values"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
 

@@ -33,11 +33,12 @@ from transformers import (
 
 from ..faithfulness.estimators import exact_shapley
 from ..faithfulness.metrics import attribution_correlation, error_ratio
+from ..figures.attribution_figures import attribution_grid
+from ..figures.optional_matplotlib import matplotlib_parts
 from ..files import whole_file
 from ..models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from ..models.modeling_shapley_vit import ShapleyViTForImageClassification
-from ..models.visualization import _matplotlib, attribution_grid
 from ..publishing.model_card import render_model_card, write_model_card
 from ..terminal import say
 from ..training.digits import SHORT_RUN, digits_dataset, label_maps, trainable
@@ -109,7 +110,7 @@ def run_demo(settings: DemoSettings) -> dict:
     Returns:
         The results, as written to `results.json`; with several seeds, means over seeds, and a list by seed.
     """
-    _matplotlib()  # in the end, when the figure is drawn, it would be late to find it missing
+    matplotlib_parts()  # in the end, when the figure is drawn, it would be late to find it missing
     start = time.perf_counter()
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -319,7 +320,9 @@ def _write(output: Path, model: PreTrainedModel, processor, test, pixels: Tensor
     figure.savefig(picture, format="png", dpi=110)
     with whole_file(output / "attributions.png") as draft:
         draft.write_bytes(picture.getvalue())
-    template = Environment(loader=PackageLoader("hf_shapley"), autoescape=True).get_template("demo_report.html")
+    template = Environment(loader=PackageLoader("hf_shapley.publishing"), autoescape=True).get_template(
+        "demo_report.html"
+    )
     with whole_file(output / "report.html") as draft:
         draft.write_text(template.render(results=results, picture=base64.b64encode(picture.getvalue()).decode()))
 
