@@ -15,6 +15,7 @@ INTERNAL_MODULES = {
     "figures/optional_matplotlib",
     "figures/panel_titles",
     "jobs/demo",
+    "jobs/demo_report",
     "publishing/evaluation_card",
     "jobs/evaluation_job",
     "files",
