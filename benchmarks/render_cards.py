@@ -10,7 +10,7 @@ from pathlib import Path
 from common import RESULTS
 
 from hf_shapley import render_model_card, write_model_card
-from hf_shapley.jobs.demo import card_results
+from hf_shapley.jobs.demo_report import card_results
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 

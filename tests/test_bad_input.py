@@ -19,9 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hf_shapley
-from hf_shapley import certificate, coalitions, estimators, images, interoperability, losses, metrics, model_card
-from hf_shapley import visualization as vis
 from hf_shapley.cli import main
+from hf_shapley.faithfulness import certificate, estimators, metrics
+from hf_shapley.figures import attribution_figures
+from hf_shapley.models import coalitions, images
+from hf_shapley.models import overlay as vis
+from hf_shapley.publishing import interoperability, model_card
+from hf_shapley.training import losses
 
 SOURCE = str(Path(hf_shapley.__file__).parent)
 B, M, N, K = 2, 4, 5, 3  # images, coalitions, players, labels
@@ -298,12 +302,12 @@ CALLS = {
         {"image": "picture", "attribution_map": "map", "scale": "scale", "alpha": "share or 0", "box": "other"},
     ),
     "attribution_figure": Call(
-        vis.attribution_figure,
+        attribution_figures.attribution_figure,
         {"image": PICTURE, "maps": MAPS[0], "labels": ["a", "b", "c"]},
         {"image": "picture", "maps": "map", "labels": "other", "scale": "scale", "alpha": "share or 0"},
     ),
     "attribution_grid": Call(
-        vis.attribution_grid,
+        attribution_figures.attribution_grid,
         {"images": [PICTURE] * B, "maps": MAPS, "labels": [["a", "b", "c"]] * B, "blocks_per_row": 2},
         {"images": "pictures", "maps": "map", "labels": "other", "blocks_per_row": "count"},
     ),

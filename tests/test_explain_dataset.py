@@ -284,7 +284,7 @@ def run_convnext(folder, dataset, **options):
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_an_unreadable_row_is_named_or_left_out(kind, stream, tmp_path, monkeypatch, caplog):
     """A decoded `Image()` column too: its row and path are named; on request such rows are left out and counted."""
-    monkeypatch.setattr("hf_shapley.models.visualization.MAX_PIXELS", 1_000_000)
+    monkeypatch.setattr("hf_shapley.models.overlay.MAX_PIXELS", 1_000_000)
     places = {4, *range(7, 14)}  # all rows of the second file
     data = with_unreadable(kind, places, tmp_path)
     data = data.to_iterable_dataset() if stream else data

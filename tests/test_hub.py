@@ -18,12 +18,13 @@ pytestmark = pytest.mark.xdist_group("hub")
 CLIENTS = Path(__file__).with_name("hub_clients.py")
 NOWHERE = "http://127.0.0.1:9"  # the discard port
 CODE = {
-    "attribution_head.py",
     "coalitions.py",
     "configuration_shapley.py",
+    "heads.py",
     "images.py",
+    "modeling_shapley.py",
+    "overlay.py",
     "pipeline_shapley.py",
-    "visualization.py",
 }
 
 

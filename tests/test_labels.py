@@ -15,9 +15,9 @@ from hf_shapley import (
     ShapleyTrainer,
     ShapleyTrainingArguments,
     add_attributions,
-    training_job,
 )
 from hf_shapley.data.labels import check_labels_of_checkpoint
+from hf_shapley.jobs import training_job
 
 NAMES = ["cat", "dog", "cow", "ant", "bee"]
 

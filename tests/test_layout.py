@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "hf_shapley"
 
 # A folder may import from itself and from those before it; "" are the files beside the folders.
-FOLDERS = ["models", "data", "faithfulness", "publishing", "training", "jobs", ""]
+FOLDERS = ["models", "data", "faithfulness", "figures", "publishing", "training", "jobs", ""]
 # What knows nothing of any folder but the models, and serves all that come after.
 TOOLS = {"version", "files", "terminal"}
 # `save_pretrained` copies these beside the weights, where they run without hf_shapley.

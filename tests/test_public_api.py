@@ -3,28 +3,31 @@
 import ast
 
 import pytest
-from test_layout import MODULES, packages, relative_imports
+from test_layout import MODULES, folder_and_name, packages, relative_imports
 
 import hf_shapley
 
 # Public within the package: what users reach through something else, such as the command line or the Trainer.
 INTERNAL_MODULES = {
-    "checks",
+    "models/checks",
     "cli",
-    "dataset_images",
-    "demo",
-    "evaluation_card",
-    "evaluation_job",
+    "data/dataset_images",
+    "figures/optional_matplotlib",
+    "figures/panel_titles",
+    "jobs/demo",
+    "jobs/demo_report",
+    "publishing/evaluation_card",
+    "jobs/evaluation_job",
     "files",
-    "labels",
-    "picture_rows",
+    "data/labels",
+    "data/picture_rows",
     "terminal",
-    "training_card",
-    "training_job",
+    "publishing/training_card",
+    "jobs/training_job",
 }
 INTERNAL = {
-    "attribution_head": {"ShapleyImageClassifierMixin", "check_grid"},
-    "heads": {
+    "models/modeling_shapley": {"ShapleyImageClassifierMixin", "check_grid"},
+    "models/heads": {
         "CoalitionAdapter",
         "NarrowConvolution",
         "ResidualMLP",
@@ -44,12 +47,12 @@ INTERNAL = {
         "sums_of_centred",
         "weight_of",
     },
-    "checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
-    "coalitions": {"check_coalitions", "sum_over_coalitions"},
-    "configuration_shapley": {"ShapleyConfigMixin"},
-    "posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
-    "digits": {"label_maps", "trainable"},
-    "estimators": {
+    "training/checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
+    "models/coalitions": {"check_coalitions", "sum_over_coalitions"},
+    "models/configuration_shapley": {"ShapleyConfigMixin"},
+    "models/posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
+    "training/digits": {"label_maps", "trainable"},
+    "faithfulness/estimators": {
         "CheckedGame",
         "check_budget",
         "check_request",
@@ -57,11 +60,11 @@ INTERNAL = {
         "exact_estimate",
         "with_complements",
     },
-    "hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card", "with_what_holds"},
-    "images": {"is_array"},
-    "interoperability": {"ImageGame"},
+    "publishing/hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card", "with_what_holds"},
+    "models/images": {"is_array"},
+    "publishing/interoperability": {"ImageGame"},
     "loading": {"ForeignCodeError", "ModelForPipeline"},
-    "model_card": {
+    "publishing/model_card": {
         "escape_markdown",
         "format_number",
         "is_generated",
@@ -70,14 +73,14 @@ INTERNAL = {
         "reading_metadata",
         "results_of_card",
     },
-    "modeling_shapley_convnext": {
+    "models/modeling_shapley_convnext": {
         "DepthwiseConv2d",
         "InfluenceConvNextLayer",
         "ShapleyConvNextLayer",
         "ShapleyConvNextModel",
     },
-    "modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
-    "pipeline_shapley": {
+    "models/modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
+    "models/pipeline_shapley": {
         "asked_of_the_game",
         "check_evaluations",
         "check_in_words",
@@ -86,7 +89,7 @@ INTERNAL = {
         "pixel_values_of",
         "score_function",
     },
-    "visualization": {"check_enlargement"},
+    "models/overlay": {"check_box", "check_enlargement", "check_scale", "finite_values"},
 }
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
 
@@ -99,8 +102,14 @@ def definitions(source):
 
 def imports(nodes):
     """Names imported from sibling modules by statements, as {module: names}."""
-    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
     return {node.module: sorted(alias.name for alias in node.names) for node in found}
+
+
+def imported_at_once(module):
+    """Modules of the package that one imports when it is imported itself."""
+    statements = [node for node in ast.parse(MODULES[module]).body if isinstance(node, ast.ImportFrom)]
+    return relative_imports("\n".join(map(ast.unparse, statements)), folder_and_name(module)[0])
 
 
 def test_every_public_definition_is_exported_or_known_as_internal():
@@ -139,15 +148,15 @@ def test_no_name_is_hidden_by_a_module_of_the_same_name():
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    loaded, waiting = set(), list(imports(ast.parse(MODULES["__init__"]).body))
+    loaded, waiting = set(), list(imported_at_once("__init__"))
     while waiting:
         module = waiting.pop()
         if module not in loaded:
             loaded.add(module)
-            source = MODULES[module]
-            assert packages(source, at_import=True) & HEAVY == set(), module
-            waiting += [name for name in relative_imports(source) if name in imports(ast.parse(source).body)]
-    assert "modeling_shapley_vit" in loaded and not loaded & set(hf_shapley._LAZY)
+            assert packages(MODULES[module], at_import=True) & HEAVY == set(), module
+            waiting += imported_at_once(module)
+    assert "models/modeling_shapley_vit" in loaded
+    assert not loaded & {module.replace(".", "/") for module in hf_shapley._LAZY}
 
 
 def test_an_unknown_name_is_an_attribute_error():

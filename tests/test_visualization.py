@@ -13,11 +13,11 @@ from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 from transformers.dynamic_module_utils import get_imports
 from transformers.utils import is_torchvision_available
 
-from hf_shapley import visualization
-from hf_shapley.models.visualization import (
+from hf_shapley.figures import panel_titles
+from hf_shapley.figures.attribution_figures import attribution_figure, attribution_grid
+from hf_shapley.models import overlay as overlay_module
+from hf_shapley.models.overlay import (
     BLUE_WHITE_RED,
-    attribution_figure,
-    attribution_grid,
     map_colours,
     overlay,
     place_map,
@@ -380,7 +380,7 @@ def test_without_matplotlib_the_message_names_the_extra(monkeypatch, draws):
 
 
 def test_the_hub_does_not_ask_for_matplotlib():
-    assert "matplotlib" not in get_imports(visualization.__file__)
+    assert "matplotlib" not in get_imports(overlay_module.__file__)
 
 
 # ---- titles
@@ -411,7 +411,7 @@ def test_a_long_name_keeps_its_start_and_end():
 
 def test_letters_that_no_font_has_are_written_as_escapes(monkeypatch):
     """In place of boxes, which are all alike; matplotlib's warning about them would fail this test."""
-    monkeypatch.setattr(visualization, "_installed_families", lambda: ["DejaVu Sans"])
+    monkeypatch.setattr(panel_titles, "_installed_families", lambda: ["DejaVu Sans"])
     figure = attribution_figure(Image.new("RGB", (60, 40)), np.ones((1, 2, 3)), ["cat \U000f0000\U00030000\u3000dog"])
     for format in ("png", "svg", "pdf"):
         figure.savefig(io.BytesIO(), format=format)

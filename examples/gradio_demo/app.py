@@ -35,7 +35,7 @@ from hf_shapley import (
     symmetric_scale,
     train_digits_model,
 )
-from hf_shapley.models.visualization import BLUE_WHITE_RED, Box
+from hf_shapley.models.overlay import BLUE_WHITE_RED, Box
 
 MAX_BYTES = 10_000_000
 MAX_PIXELS = 25_000_000

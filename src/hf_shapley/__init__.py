@@ -38,6 +38,7 @@ from .faithfulness.metrics import (
     sensitivity_n,
 )
 from .faithfulness.refinement import refine
+from .figures.attribution_figures import attribution_figure, attribution_grid
 from .models.coalitions import (
     coalitions_to_ids,
     enumerate_coalitions,
@@ -54,17 +55,9 @@ from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
+from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .models.posterior import verdict
-from .models.visualization import (
-    attribution_figure,
-    attribution_grid,
-    map_colours,
-    overlay,
-    place_map,
-    processor_geometry,
-    symmetric_scale,
-)
 from .publishing.hub import push_to_hub
 from .publishing.model_card import ShapleyModelCard, ShapleyModelCardData, render_model_card, write_model_card
 from .training.checkpoints import last_complete_checkpoint

@@ -158,9 +158,10 @@ def _add_explain(commands) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
+    from .figures.attribution_figures import attribution_figure
     from .models.images import load_image
+    from .models.overlay import processor_geometry
     from .models.pipeline_shapley import check_evaluations, pixel_values_of, score_function
-    from .models.visualization import attribution_figure, processor_geometry
 
     if Path(options.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         raise ValueError(f"`--output` must end in .png, .jpg, .svg or .pdf, got {options.output!r}.")

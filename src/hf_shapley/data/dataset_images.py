@@ -11,7 +11,7 @@ from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
 
 from ..models.images import load_image, to_rgb
-from ..models.visualization import check_enlargement
+from ..models.overlay import check_enlargement
 
 logger = logging.getLogger(__name__)
 

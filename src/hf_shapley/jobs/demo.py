@@ -1,8 +1,5 @@
 """The demo: train a self-explaining digit classifier, and hold its attributions against exact Shapley values."""
 
-import base64
-import io
-import json
 import os
 import platform
 import shutil
@@ -17,7 +14,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, PackageLoader
 from torch import Tensor
 from transformers import (
     ConvNextConfig,
@@ -33,15 +29,14 @@ from transformers import (
 
 from ..faithfulness.estimators import exact_shapley
 from ..faithfulness.metrics import attribution_correlation, error_ratio
-from ..files import whole_file
+from ..figures.optional_matplotlib import matplotlib_parts
 from ..models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from ..models.modeling_shapley_vit import ShapleyViTForImageClassification
-from ..models.visualization import _matplotlib, attribution_grid
-from ..publishing.model_card import render_model_card, write_model_card
 from ..terminal import say
 from ..training.digits import SHORT_RUN, digits_dataset, label_maps, trainable
 from ..training.trainer import ShapleyTrainer, ShapleyTrainingArguments
+from .demo_report import write_report
 
 # 4 x 4 = 16 players each, so that all 65,536 coalitions can be evaluated.
 BACKBONES = {
@@ -109,7 +104,7 @@ def run_demo(settings: DemoSettings) -> dict:
     Returns:
         The results, as written to `results.json`; with several seeds, means over seeds, and a list by seed.
     """
-    _matplotlib()  # in the end, when the figure is drawn, it would be late to find it missing
+    matplotlib_parts()  # in the end, when the figure is drawn, it would be late to find it missing
     start = time.perf_counter()
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -128,7 +123,7 @@ def run_demo(settings: DemoSettings) -> dict:
         if seed == 0:
             first = joint
     results = _results(settings, runs, time.perf_counter() - start)
-    _write(output, first, processor, data["test"], tensors["test"][0], results)
+    write_report(output, first, processor, data["test"], tensors["test"][0], results)
     return results
 
 
@@ -250,78 +245,6 @@ def _results(settings: DemoSettings, runs: list[dict], seconds: float) -> dict:
         f"--epochs {settings.epochs} --images {settings.images}"
     )
     return results
-
-
-def card_results(results: dict) -> dict:
-    """The demo's results in the form that `hf_shapley.publishing.model_card` renders."""
-    seeds, images = results["seeds"], results["images"]
-    by_seed = {"seeds": seeds} if seeds > 1 else {}
-    accuracy = {"group": "Classification", "type": "accuracy", "better": "higher"}
-    faithful = {"group": "Faithfulness", "settings": {"images": images, **by_seed}}
-    exact = {"group": "Exactness", "better": "lower", "settings": {"images": results["test_images"], **by_seed}}
-    settings = {"images": results["test_images"], **by_seed}
-    names = ("backbone", "epochs", "per_device_train_batch_size", "learning_rate", "shapley_weight", "train_images")
-    versions = ("hf_shapley_version", "torch_version", "transformers_version", "python_version", "cpus", "seconds")
-    return {
-        "model_name": f"Digits, {results['backbone']}",
-        "summary": "A small classifier of tiny pictures of digits, to show and test what hf_shapley does.",
-        "game": "the classifier's own, absent patches dropped",
-        "license": "apache-2.0",
-        "dataset": {"name": "scikit-learn digits", "id": "sklearn-digits", "split": "test"},
-        "metrics": [
-            {**accuracy, "name": "Accuracy", "value": results["accuracy_joint"], "settings": settings},
-            {**accuracy, "name": "Accuracy, plain twin", "value": results["accuracy_plain"], "settings": settings},
-            {
-                **faithful,
-                "type": "shapley_correlation",
-                "name": "Correlation with exact Shapley values",
-                "value": results["shapley_correlation"],
-                "better": "higher",
-            },
-            {
-                **faithful,
-                "type": "shapley_error_ratio",
-                "name": "Squared error / variance of exact values",
-                "value": results["shapley_error_ratio"],
-                "better": "lower",
-            },
-            {**exact, "type": "efficiency_gap", "name": "Efficiency gap", "value": results["efficiency_gap"]},
-            {**exact, "type": "leak", "name": "Leak of hidden pixels", "value": results["leak"]},
-        ],
-        "training": {name: results[name] for name in names},
-        "environment": {name.removesuffix("_version"): results[name] for name in versions},
-        "limits": ["The pictures are tiny: nothing here says how it does on photographs."],
-        "command": results["command"],
-    }
-
-
-def _write(output: Path, model: PreTrainedModel, processor, test, pixels: Tensor, results: dict) -> None:
-    """Model with processor and card, results, figure and report."""
-    model.save_pretrained(output / "model")
-    processor.save_pretrained(output / "model")
-    write_model_card(
-        output / "model" / "README.md", render_model_card(card_results(results), model_id=str(output / "model"))
-    )
-    with whole_file(output / "results.json") as draft:
-        draft.write_text(json.dumps(results, indent=2) + "\n")
-    maps = model.explain(pixels[:12])  # (12, 10, 4, 4)
-    logits = model(pixels[:12]).logits
-    top = logits.topk(2).indices  # (12, 2): predicted label and runner-up
-    chosen = maps.gather(1, top[..., None, None].expand(-1, -1, 4, 4))
-    figure = attribution_grid(
-        test["image"][:12],
-        chosen,
-        [[f"{label}: {logits[row, label]:.1f}" for label in labels] for row, labels in enumerate(top.tolist())],
-        titles=[f"a {label}" for label in test["label"][:12]],
-        blocks_per_row=3,
-    )
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    with whole_file(output / "attributions.png") as draft:
-        draft.write_bytes(picture.getvalue())
-    template = Environment(loader=PackageLoader("hf_shapley"), autoescape=True).get_template("demo_report.html")
-    with whole_file(output / "report.html") as draft:
-        draft.write_text(template.render(results=results, picture=base64.b64encode(picture.getvalue()).decode()))
 
 
 def _progress(items: Iterator[Tensor], title: str, total: int):

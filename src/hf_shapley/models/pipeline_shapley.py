@@ -17,8 +17,8 @@ from transformers import Pipeline, PreTrainedConfig
 
 from .checks import known_labels
 from .images import is_array, load_image
+from .overlay import check_enlargement, overlay, processor_geometry, symmetric_scale
 from .posterior import MOST_PAIRS, verdict
-from .visualization import check_enlargement, overlay, processor_geometry, symmetric_scale
 
 TASK = "shapley-image-classification"
 
