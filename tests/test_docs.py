@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from test_interoperability import optional
-from test_layout import MODULES
+from test_layout import MODULES, folder_and_name
 from test_public_api import INTERNAL, INTERNAL_MODULES, definitions
 from transformers import TrainingArguments
 
@@ -136,11 +136,12 @@ def test_the_tables_of_options_are_complete(arguments, parent, shown):
 def test_the_reference_covers_every_public_module():
     pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     public = {
-        module
+        module.replace("/", ".")
         for module, source in MODULES.items()
-        if module not in INTERNAL_MODULES and definitions(source) - INTERNAL.get(module, set())
+        if (name := folder_and_name(module)[1]) not in INTERNAL_MODULES
+        and definitions(source) - INTERNAL.get(name, set())
     }
-    assert public - set(re.findall(r"^::: hf_shapley\.(\w+)$", pages, re.MULTILINE)) == set()
+    assert public - set(re.findall(r"^::: hf_shapley\.([\w.]+)$", pages, re.MULTILINE)) == set()
 
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra `docs`")

@@ -14,29 +14,27 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
+from .faithfulness.agreement import Agreement, attribution_correlation, error_ratio
+from .faithfulness.axioms import efficiency_gap, leak
 from .faithfulness.certificate import AttributionCertificate, attribution_error_certificate
-from .faithfulness.estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
-from .faithfulness.metrics import (
-    Agreement,
-    BatchedGame,
-    Erasure,
-    RankingCurves,
-    aopc_bounds,
-    attribution_correlation,
-    comprehensiveness_sufficiency,
-    efficiency_gap,
-    error_ratio,
+from .faithfulness.correlations import (
     faithfulness_correlation,
-    grid_pointing_game,
     infidelity,
-    insertion_deletion,
     interaction_share,
-    leak,
-    make_mosaics,
-    normalised_aopc,
     sample_uniform_sizes,
     sensitivity_n,
 )
+from .faithfulness.curves import (
+    Erasure,
+    RankingCurves,
+    aopc_bounds,
+    comprehensiveness_sufficiency,
+    insertion_deletion,
+    normalised_aopc,
+)
+from .faithfulness.estimators import ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
+from .faithfulness.games import BatchedGame, Game
+from .faithfulness.grid_pointing import grid_pointing_game, make_mosaics
 from .faithfulness.refinement import refine
 from .models.coalitions import (
     coalitions_to_ids,

@@ -31,8 +31,8 @@ from transformers import (
     set_seed,
 )
 
+from ..faithfulness.agreement import attribution_correlation, error_ratio
 from ..faithfulness.estimators import exact_shapley
-from ..faithfulness.metrics import attribution_correlation, error_ratio
 from ..files import whole_file
 from ..models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification

@@ -38,6 +38,7 @@ from .coalitions import (
     check_coalitions,
     coalitions_to_ids,
     ids_to_coalitions,
+    with_complements,
 )
 from .configuration_shapley import ShapleyConfigMixin
 from .heads import (
@@ -561,7 +562,7 @@ class ShapleyImageClassifierMixin:
             for _ in pixel_values
         ]
         coalitions = torch.stack([torch.cat([torch.ones_like(rows[:1]), rows]) for rows in drawn])  # (B, R, N)
-        pairs = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2).to(device)  # (B, 2 R, N)
+        pairs = with_complements(coalitions).to(device)  # (B, 2 R, N)
         values = self.coalition_values(pixel_values, pairs, interpolate_pos_encoding=interpolate_pos_encoding)
         if labels is not None:
             values = values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
