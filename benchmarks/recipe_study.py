@@ -41,7 +41,8 @@ from hf_shapley import (
     refinement_recipe,
 )
 from hf_shapley.faithfulness.certificate import attribution_error_certificate
-from hf_shapley.faithfulness.metrics import insertion_deletion, interaction_share
+from hf_shapley.faithfulness.correlations import interaction_share
+from hf_shapley.faithfulness.curves import insertion_deletion
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -20,7 +20,6 @@ from PIL import Image
 
 import hf_shapley
 from hf_shapley.cli import main
-from hf_shapley.faithfulness import certificate, estimators, metrics
 from hf_shapley.figures import attribution_figures
 from hf_shapley.models import coalitions, images
 from hf_shapley.models import overlay as vis
@@ -159,17 +158,17 @@ CALLS = {
         {"values": "float any width", "labels": "labels", "weights": "float"},
     ),
     "exact_shapley": Call(
-        estimators.exact_shapley,
+        hf_shapley.exact_shapley,
         {"game": game, "num_players": N, "batch_size": 8},
         {"game": "game", "num_players": "few", "batch_size": "count"},
     ),
     "permutation_shapley": Call(
-        estimators.permutation_shapley,
+        hf_shapley.permutation_shapley,
         {"game": game, "num_players": N, "budget": 30, "batch_size": 8, "generator": torch.Generator()},
         {"game": "game", "num_players": "count", "budget": "count", "batch_size": "count", "generator": "other"},
     ),
     "kernel_shapley": Call(
-        estimators.kernel_shapley,
+        hf_shapley.kernel_shapley,
         {
             "game": game,
             "num_players": N,
@@ -191,7 +190,7 @@ CALLS = {
         },
     ),
     "attribution_error_certificate": Call(
-        certificate.attribution_error_certificate,
+        hf_shapley.attribution_error_certificate,
         {"games": [game, game], "attributions": ATTRIBUTIONS, "budget": 30, "confidence": 0.9, "estimator": "kernel",
          "generator": torch.Generator()},
         {
@@ -209,57 +208,57 @@ CALLS = {
             {"game": "game", "attributions": "finite", "labels": "labels", "link": "choice", **kinds},
         )
         for function, options, kinds in [
-            (metrics.insertion_deletion, {"link": "logit"}, {"batch_size": "count"}),
+            (hf_shapley.insertion_deletion, {"link": "logit"}, {"batch_size": "count"}),
             (
-                metrics.comprehensiveness_sufficiency,
+                hf_shapley.comprehensiveness_sufficiency,
                 {"link": "logit", "shares": [0.2, 0.5]},
                 {"shares": "shares", "batch_size": "count"},
             ),
             (
-                metrics.faithfulness_correlation,
+                hf_shapley.faithfulness_correlation,
                 {"link": "logit", "coalitions": PRESENT, "method": "pearson"},
                 {"coalitions": "bool", "method": "choice", "batch_size": "count"},
             ),
             (
-                metrics.sensitivity_n,
+                hf_shapley.sensitivity_n,
                 {"link": "logit", "sizes": [2], "num_samples": 4, "generator": torch.Generator()},
                 {"sizes": "sizes", "num_samples": "count", "batch_size": "count"},
             ),
-            (metrics.infidelity, {"link": "logit", "coalitions": PRESENT}, {"coalitions": "bool"}),
+            (hf_shapley.infidelity, {"link": "logit", "coalitions": PRESENT}, {"coalitions": "bool"}),
         ]
     },
     "efficiency_gap": Call(
-        metrics.efficiency_gap,
+        hf_shapley.efficiency_gap,
         {"game": game, "attributions": ATTRIBUTIONS},
         {"game": "game", "attributions": "finite"},
     ),
     "leak": Call(
-        metrics.leak,
+        hf_shapley.leak,
         {"game": game, "changed_game": game, "coalitions": PRESENT, "batch_size": 8},
         {"game": "game", "changed_game": "game", "coalitions": "bool any shape", "batch_size": "count"},
     ),
     "interaction_share": Call(
-        metrics.interaction_share,
+        hf_shapley.interaction_share,
         {"game": game, "attributions": ATTRIBUTIONS, "coalitions": PRESENT},
         {"game": "game", "attributions": "finite", "coalitions": "bool"},
     ),
     "sample_uniform_sizes": Call(
-        metrics.sample_uniform_sizes,
+        hf_shapley.sample_uniform_sizes,
         {"images": B, "num_samples": M, "num_players": N},
         {"images": "count", "num_samples": "count", "num_players": "count"},
     ),
     "aopc_bounds": Call(
-        metrics.aopc_bounds,
+        hf_shapley.aopc_bounds,
         {"game": game, "labels": torch.tensor([0, 2]), "num_players": N, "link": "logit", "beam_size": 2},
         {"game": "game", "labels": "labels of images", "num_players": "count", "link": "choice", "beam_size": "count"},
     ),
     "normalised_aopc": Call(
-        metrics.normalised_aopc,
+        hf_shapley.normalised_aopc,
         {"aopc": draw(B), "lower": -draw(B).abs(), "upper": draw(B).abs()},
         {"aopc": "float", "lower": "float", "upper": "float"},
     ),
     "make_mosaics": Call(
-        metrics.make_mosaics,
+        hf_shapley.make_mosaics,
         {
             "images": draw(6, 3, 4, 4),
             "labels": torch.arange(6),
@@ -270,7 +269,7 @@ CALLS = {
         {"images": "any images", "labels": "any labels", "num_mosaics": "count", "grid": "sizes"},
     ),
     "grid_pointing_game": Call(
-        metrics.grid_pointing_game,
+        hf_shapley.grid_pointing_game,
         {"maps": draw(B, 4, 4), "cells": torch.tensor([0, 3]), "grid": (2, 2)},
         {"maps": "finite any width", "cells": "labels", "grid": "sizes"},
     ),
@@ -280,7 +279,7 @@ CALLS = {
             {"attributions": ATTRIBUTIONS, "references": ATTRIBUTIONS.flip(0)},
             {"attributions": "finite", "references": "finite"},
         )
-        for function in (metrics.attribution_correlation, metrics.error_ratio)
+        for function in (hf_shapley.attribution_correlation, hf_shapley.error_ratio)
     },
     "upsample_attributions": Call(
         hf_shapley.upsample_attributions, {"maps": MAPS, "size": (8, 12)}, {"maps": "maps", "size": "sizes"}

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from hf_shapley.faithfulness.agreement import attribution_correlation, error_ratio
 from hf_shapley.faithfulness.certificate import attribution_error_certificate
 from hf_shapley.faithfulness.estimators import exact_shapley
-from hf_shapley.faithfulness.metrics import attribution_correlation, error_ratio
 
 PLAYERS, LABELS = 8, 3
 
@@ -155,7 +155,7 @@ GAMES, TRUTH, _ = population(3, seed=7, noise=0.3)
         ({"games": GAMES[:2]}, "one game per image, 3, got 2"),
         ({"games": GAMES + GAMES[:1]}, "one game per image, 3, got more"),
         ({"budget": 17}, "at least 18 evaluations"),
-        ({"estimator": "regression"}, "'kernel' or 'permutation', got 'regression'"),
+        ({"estimator": "regression"}, r"\['kernel', 'permutation'\], got 'regression'"),
         ({"confidence": 95}, "between 0 and 1, got 95"),
         ({"games": [lambda s: s.double().sum(-1, keepdim=True).expand(-1, 3)] * 3}, "cannot be told from 0"),
     ],

@@ -23,7 +23,6 @@ from hf_shapley import (
     ShapleyViTConfig,
     ShapleyViTForImageClassification,
     digits_dataset,
-    fine_tuning_recipe,
     insertion_deletion,
     render_model_card,
 )

@@ -19,7 +19,6 @@ from hf_shapley import (
     ShapleyTrainingArguments,
     ShapleyViTForImageClassification,
     coalitions_to_ids,
-    fine_tuning_recipe,
     sample_coalitions,
 )
 

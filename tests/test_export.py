@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import make_model
 
-from hf_shapley import fine_tuning_recipe
 from hf_shapley.publishing.export import export_onnx, export_program
 
 SIZE = (16, 24)

@@ -15,7 +15,7 @@ from hf_shapley import (
     sample_coalitions,
 )
 from hf_shapley.faithfulness.certificate import attribution_error_certificate
-from hf_shapley.faithfulness.metrics import insertion_deletion
+from hf_shapley.faithfulness.curves import insertion_deletion
 from hf_shapley.models.pipeline_shapley import TASK
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

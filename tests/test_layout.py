@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "hf_shapley"
 # A folder may import from itself and from those before it; "" are the files beside the folders.
 FOLDERS = ["models", "data", "faithfulness", "figures", "publishing", "training", "jobs", ""]
 # What knows nothing of any folder but the models, and serves all that come after.
-TOOLS = {"version", "files", "terminal"}
+TOOLS = {"version", "files", "terminal", "backbones"}
 # `save_pretrained` copies these beside the weights, where they run without hf_shapley.
 HUB_FOLDER = "models"
 HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "PIL"}

@@ -10,24 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_shapley.faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
-from hf_shapley.faithfulness.metrics import (
-    aopc_bounds,
-    attribution_correlation,
-    comprehensiveness_sufficiency,
-    efficiency_gap,
-    error_ratio,
+from hf_shapley.faithfulness.agreement import attribution_correlation, error_ratio
+from hf_shapley.faithfulness.axioms import efficiency_gap, leak
+from hf_shapley.faithfulness.correlations import (
     faithfulness_correlation,
-    grid_pointing_game,
     infidelity,
-    insertion_deletion,
     interaction_share,
-    leak,
-    make_mosaics,
-    normalised_aopc,
     sample_uniform_sizes,
     sensitivity_n,
 )
+from hf_shapley.faithfulness.curves import (
+    aopc_bounds,
+    comprehensiveness_sufficiency,
+    insertion_deletion,
+    normalised_aopc,
+)
+from hf_shapley.faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
+from hf_shapley.faithfulness.grid_pointing import grid_pointing_game, make_mosaics
 from hf_shapley.models.coalitions import enumerate_coalitions
 
 IMAGES, PLAYERS, LABELS = 3, 6, 4

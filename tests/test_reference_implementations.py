@@ -12,13 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_shapley.faithfulness.correlations import faithfulness_correlation, infidelity, sample_uniform_sizes
+from hf_shapley.faithfulness.curves import insertion_deletion
 from hf_shapley.faithfulness.estimators import exact_shapley, kernel_shapley
-from hf_shapley.faithfulness.metrics import (
-    faithfulness_correlation,
-    infidelity,
-    insertion_deletion,
-    sample_uniform_sizes,
-)
 from hf_shapley.models.coalitions import enumerate_coalitions
 
 IMAGES, HEIGHT, WIDTH, LABELS = 3, 2, 3, 4

@@ -8,35 +8,32 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
-    ConvNextImageProcessorPil,
-    ViTImageProcessorPil,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
+from .backbones import FAMILIES, AutoShapleyForImageClassification
+from .faithfulness.agreement import Agreement, attribution_correlation, error_ratio
+from .faithfulness.axioms import efficiency_gap, leak
 from .faithfulness.certificate import AttributionCertificate, attribution_error_certificate
-from .faithfulness.estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
-from .faithfulness.metrics import (
-    Agreement,
-    BatchedGame,
-    Erasure,
-    RankingCurves,
-    aopc_bounds,
-    attribution_correlation,
-    comprehensiveness_sufficiency,
-    efficiency_gap,
-    error_ratio,
+from .faithfulness.correlations import (
     faithfulness_correlation,
-    grid_pointing_game,
     infidelity,
-    insertion_deletion,
     interaction_share,
-    leak,
-    make_mosaics,
-    normalised_aopc,
     sample_uniform_sizes,
     sensitivity_n,
 )
+from .faithfulness.curves import (
+    Erasure,
+    RankingCurves,
+    aopc_bounds,
+    comprehensiveness_sufficiency,
+    insertion_deletion,
+    normalised_aopc,
+)
+from .faithfulness.estimators import ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
+from .faithfulness.games import BatchedGame, Game
+from .faithfulness.grid_pointing import grid_pointing_game, make_mosaics
 from .faithfulness.refinement import refine
 from .figures.attribution_figures import attribution_figure, attribution_grid
 from .models.coalitions import (
@@ -97,6 +94,7 @@ __all__ = [
     "AttributionAgreement",
     "AttributionCertificate",
     "AttributionHead",
+    "AutoShapleyForImageClassification",
     "BatchedGame",
     "Erasure",
     "ExplanationRun",
@@ -193,11 +191,8 @@ def _register() -> None:
     from .loading import ModelForPipeline
     from .publishing.hub import push_with_card
 
-    families = [
-        (ShapleyViTConfig, ShapleyViTForImageClassification, ViTImageProcessorPil),
-        (ShapleyConvNextConfig, ShapleyConvNextForImageClassification, ConvNextImageProcessorPil),
-    ]
-    for config, model, processor in families:
+    for family in FAMILIES.values():
+        config, model, processor = family.config, family.model, family.processor
         processors = {"pil": processor}
         if is_torchvision_available():
             import transformers
@@ -211,7 +206,7 @@ def _register() -> None:
         TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
     )
     # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
-    for published in (*(model for _, model, _ in families), ShapleyImageClassificationPipeline):
+    for published in (*(family.model for family in FAMILIES.values()), ShapleyImageClassificationPipeline):
         published.push_to_hub = push_with_card
 
 

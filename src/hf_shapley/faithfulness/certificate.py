@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..models.checks import check_callable, check_count, check_finite, check_floats, check_number
-from .estimators import Game, ShapleyEstimate, kernel_shapley, permutation_shapley
+from ..models.checks import check_callable, check_choice, check_count, check_finite, check_floats, check_number
+from .estimators import ShapleyEstimate, kernel_shapley, permutation_shapley
+from .games import Game
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def _check_request(
         raise ValueError(f"`attributions` must hold at least 2 images, got {len(attributions)}.")
     check_finite(attributions, "attributions")
     check_count(budget, "budget")
-    if estimator not in ("kernel", "permutation"):
-        raise ValueError(f"`estimator` must be 'kernel' or 'permutation', got {estimator!r}.")
+    check_choice(estimator, "estimator", ("kernel", "permutation"))
     check_number(confidence, "confidence", "between 0 and 1", lambda value: 0 < value < 1)
 
 

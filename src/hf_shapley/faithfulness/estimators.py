@@ -1,23 +1,19 @@
 """Shapley values of any game: exact, by permutations, and by KernelSHAP.
 
-A *game* is any callable from coalitions, bool (M, N), True = present, to values, float (M, K). A coalition is sent
-next to its complement (rows 2 j and 2 j + 1) wherever both are needed: some games evaluate the two in one forward.
-Games are called without gradients; sums are taken in float64 whatever the dtype of the values.
+A game is that of one image, as `games` says. Sums are taken in float64 whatever the dtype of its values.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..models.checks import check_callable, check_count, check_finite, check_floats, check_generator
-from ..models.coalitions import importance_weights, ranked_coalitions, sample_coalitions
-
-Game = Callable[[Tensor], Tensor]
+from ..models.checks import check_count, check_finite, check_floats, check_generator
+from ..models.coalitions import importance_weights, ranked_coalitions, sample_coalitions, with_complements
+from .games import CheckedGame, Game
 
 MAX_ENUMERATED_PLAYERS = 24
 
@@ -35,48 +31,6 @@ class ShapleyEstimate:
     values: Tensor
     standard_errors: Tensor
     evaluations: int
-
-
-class CheckedGame:
-    """Call a game in batches of whole pairs, check every answer, count the evaluations."""
-
-    def __init__(self, game: Game, batch_size: int, total: int, progress: bool):
-        check_callable(game, "game", "a function from bool (coalitions, players) to float (coalitions, labels)")
-        check_count(batch_size, "batch_size", 2, "a coalition and its complement go together")
-        self.game = game
-        self.batch_size = batch_size // 2 * 2
-        self.evaluations = 0
-        self.bar = tqdm(total=total, unit="coalition", disable=not progress)
-
-    def __enter__(self) -> "CheckedGame":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def __call__(self, coalitions: Tensor) -> Tensor:
-        """(M, N) -> (M, K), in the dtype of the game."""
-        return torch.cat([self._evaluate(batch) for batch in coalitions.split(self.batch_size)])
-
-    def _evaluate(self, coalitions: Tensor) -> Tensor:
-        values = self.game(coalitions)
-        _check_values(values, len(coalitions))
-        self.evaluations += len(coalitions)
-        self.bar.update(len(coalitions))
-        return values
-
-
-def _check_values(values: Tensor, num_coalitions: int) -> None:
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"The game must return a float tensor, got {got}: convert its values with `.float()`.")
-    if values.ndim != 2 or len(values) != num_coalitions or values.shape[1] == 0:
-        raise ValueError(
-            f"The game must map {num_coalitions} coalitions to values ({num_coalitions}, labels), "
-            f"got shape {tuple(values.shape)}: one row per coalition; a single label needs `.unsqueeze(-1)`."
-        )
-    if not values.isfinite().all():
-        raise ValueError("The game returned NaN or infinite values: check the model on the empty coalition first.")
 
 
 def _check_num_players(num_players: int) -> None:
@@ -110,11 +64,6 @@ def covers_every_coalition(budget: int, num_players: int) -> bool:
 def exact_estimate(game: Game, *, num_players: int, **options: Any) -> ShapleyEstimate:
     values = exact_shapley(game, num_players=num_players, **options)
     return ShapleyEstimate(values, torch.zeros_like(values), 2**num_players)
-
-
-def with_complements(coalitions: Tensor) -> Tensor:
-    """(M, N) -> (2 M, N): rows 2 j and 2 j + 1 are coalition j and its complement."""
-    return torch.stack([coalitions, ~coalitions], dim=1).flatten(0, 1)
 
 
 @torch.no_grad()

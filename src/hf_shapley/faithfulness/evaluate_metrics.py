@@ -5,7 +5,7 @@ Used directly, without `evaluate.load` and without a network:
     InsertionDeletion().compute(predictions=attributions, game=game)
 
 What a metric needs besides attributions (a batched game, labels, a generator) goes to `compute` and from there to the
-function of `metrics` that does the work; `device` says where the game wants its coalitions. Attributions may arrive in
+function that does the work; `device` says where the game wants its coalitions. Attributions may arrive in
 several `add_batch` calls; the game must then cover all their images in the same order. They pass through Arrow, so
 the function itself is the faster way.
 """
@@ -15,7 +15,10 @@ import evaluate
 import torch
 from torch import Tensor
 
-from .metrics import BatchedGame, attribution_correlation, error_ratio, faithfulness_correlation, insertion_deletion
+from .agreement import attribution_correlation, error_ratio
+from .correlations import faithfulness_correlation
+from .curves import insertion_deletion
+from .games import BatchedGame
 
 _TABLE = datasets.Sequence(datasets.Sequence(datasets.Value("float64")))
 

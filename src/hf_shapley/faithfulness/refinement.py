@@ -4,17 +4,10 @@ import torch
 from torch import Tensor
 
 from ..models.checks import check_finite, check_floats
+from ..models.coalitions import with_complements
 from ..models.posterior import coalitions_to_ask, shapley_posterior
-from .estimators import (
-    CheckedGame,
-    Game,
-    ShapleyEstimate,
-    check_budget,
-    check_request,
-    covers_every_coalition,
-    exact_estimate,
-    with_complements,
-)
+from .estimators import ShapleyEstimate, check_budget, check_request, covers_every_coalition, exact_estimate
+from .games import CheckedGame, Game
 
 
 @torch.no_grad()

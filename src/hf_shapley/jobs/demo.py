@@ -16,26 +16,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    ConvNextConfig,
-    ConvNextForImageClassification,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessorPil,
     set_seed,
 )
 
+from ..backbones import FAMILIES
+from ..faithfulness.agreement import attribution_correlation, error_ratio
 from ..faithfulness.estimators import exact_shapley
-from ..faithfulness.metrics import attribution_correlation, error_ratio
 from ..figures.optional_matplotlib import matplotlib_parts
-from ..models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
-from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
-from ..models.modeling_shapley_vit import ShapleyViTForImageClassification
 from ..terminal import say
-from ..training.digits import SHORT_RUN, digits_dataset, label_maps, trainable
-from ..training.trainer import ShapleyTrainer, ShapleyTrainingArguments
+from ..training.digits import EVERYTHING_FLOWS, SHORT_RUN, VOTES, digits_dataset, label_maps, trainable
+from ..training.arguments import ShapleyTrainingArguments
+from ..training.trainer import ShapleyTrainer
 from .demo_report import write_report
 
 # 4 x 4 = 16 players each, so that all 65,536 coalitions can be evaluated.
@@ -47,26 +42,18 @@ BACKBONES = {
         hidden_sizes=[32, 64], depths=[1, 3], num_stages=2, patch_size=1, image_size=8, layer_scale_init_value=1.0
     ),
 }
-CLASSES = {
-    "vit": (ViTConfig, ViTForImageClassification, ShapleyViTConfig, ShapleyViTForImageClassification),
-    "convnext": (
-        ConvNextConfig,
-        ConvNextForImageClassification,
-        ShapleyConvNextConfig,
-        ShapleyConvNextForImageClassification,
-    ),
-}
 EPOCHS = {"vit": 60, "convnext": 100}
 # Shared by the joint and the plain model of a backbone.
 TRAINING = {
     "vit": dict(per_device_train_batch_size=64, learning_rate=1e-3, warmup_steps=0.1),
     "convnext": dict(per_device_train_batch_size=64, learning_rate=6e-3, warmup_steps=0.1),
 }
-SHAPLEY_TRAINING = {"vit": dict(shapley_weight=1.0), "convnext": dict(shapley_weight=4.0)}
+SHAPLEY_TRAINING = {
+    "vit": EVERYTHING_FLOWS | dict(shapley_weight=1.0, attribution_learning_rate=1e-3),
+    "convnext": EVERYTHING_FLOWS | dict(shapley_weight=4.0, attribution_learning_rate=6e-3),
+}
 # One more layer of the backbone's kind reads the influence of each patch on the others' votes.
-SHAPLEY_CONFIG = dict(
-    attribution_head="votes+influence", influence_block="backbone", influence_layers=1, vote_gradient=1.0
-)
+SHAPLEY_CONFIG = VOTES | dict(influence_block="backbone", influence_layers=1, attribution_gradient=True)
 
 
 @dataclass
@@ -135,13 +122,13 @@ def _tensors(split, processor: ViTImageProcessorPil) -> tuple[Tensor, Tensor]:
 def _train(settings: DemoSettings, train: tuple[Tensor, Tensor], seed: int, joint: bool) -> PreTrainedModel:
     """Train from scratch; joint and plain share backbone, schedule and seed."""
     options = BACKBONES[settings.backbone] | label_maps([str(digit) for digit in range(10)])
-    plain_config, plain_model, shapley_config, shapley_model = CLASSES[settings.backbone]
+    family = FAMILIES[settings.backbone]
     set_seed(seed)
     if joint:
-        model = shapley_model(shapley_config(**options, **SHAPLEY_CONFIG))
+        model = family.model(family.config(**options, **SHAPLEY_CONFIG))
         make_trainer, make_args, extra = ShapleyTrainer, ShapleyTrainingArguments, SHAPLEY_TRAINING[settings.backbone]
     else:
-        model = plain_model(plain_config(**options))
+        model = family.plain_model(family.plain_config(**options))
         make_trainer, make_args, extra = Trainer, TrainingArguments, {}
     checkpoints = Path(settings.output) / "training"
     args = make_args(

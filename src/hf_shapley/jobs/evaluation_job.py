@@ -17,16 +17,11 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from ..data.dataset_images import undecoded
+from ..faithfulness.axioms import efficiency_gap
 from ..faithfulness.certificate import attribution_error_certificate
-from ..faithfulness.metrics import (
-    BatchedGame,
-    Link,
-    comprehensiveness_sufficiency,
-    efficiency_gap,
-    faithfulness_correlation,
-    insertion_deletion,
-    interaction_share,
-)
+from ..faithfulness.correlations import faithfulness_correlation, interaction_share
+from ..faithfulness.curves import comprehensiveness_sufficiency, insertion_deletion
+from ..faithfulness.games import BatchedGame, Link
 from ..files import whole_file
 from ..models.images import load_image
 from ..models.pipeline_shapley import pixel_values_of, score_function

@@ -75,6 +75,12 @@ def check_device(tensor: Any, name: str, device: torch.device) -> None:
         )
 
 
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Raise unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raise if a tensor holds NaN or infinity."""
     check_data(tensor, name)

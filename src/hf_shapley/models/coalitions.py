@@ -140,7 +140,12 @@ def enumerate_coalitions(num_players: int, *, device: torch.device | str | None 
     codes = torch.arange(2 ** (num_players - 1), device=device)
     bits = torch.arange(num_players, device=device)
     half = (codes.unsqueeze(-1) >> bits) & 1 == 1  # (2^(N-1), N): the last player is always absent
-    return torch.stack([half, ~half], dim=1).flatten(0, 1)
+    return with_complements(half)
+
+
+def with_complements(coalitions: Tensor) -> Tensor:
+    """Each coalition and its complement: (..., M, N) -> (..., 2 M, N), rows 2 j and 2 j + 1 are a pair."""
+    return torch.stack([coalitions, ~coalitions], dim=-2).flatten(-3, -2)
 
 
 def ranked_coalitions(scores: Tensor) -> Tensor:

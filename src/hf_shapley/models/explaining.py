@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_count, check_floats, check_pair
-from .coalitions import check_coalitions
+from .coalitions import check_coalitions, with_complements
 from .evaluation_mode import evaluating
 from .heads import mapped
 from .inputs import InputChecks
@@ -119,7 +119,7 @@ class ExplainingMixin(InputChecks):
             for _ in pixel_values
         ]
         coalitions = torch.stack([torch.cat([torch.ones_like(rows[:1]), rows]) for rows in drawn])  # (B, R, N)
-        pairs = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2).to(device)  # (B, 2 R, N)
+        pairs = with_complements(coalitions).to(device)  # (B, 2 R, N)
         values = self.coalition_values(pixel_values, pairs, interpolate_pos_encoding=interpolate_pos_encoding)
         if labels is not None:
             values = values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))

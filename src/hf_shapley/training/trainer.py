@@ -76,7 +76,7 @@ class ShapleyTrainer(JointLossTrainer):
             self.loss_is_scaled_for_ga = True
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The stock optimizer; the attribution head, at a learning rate of its own, has parameter groups of its own."""
+        """The stock optimizer, with parameter groups of the attribution head, which has its own learning rate."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if not is_new:
