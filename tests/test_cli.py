@@ -255,9 +255,7 @@ def test_a_bad_request_is_one_clear_line_and_nothing_written(checkpoint, picture
 
 def test_explain_says_that_attributions_were_not_trained(picture, tmp_path, capsys, caplog):
     folder = str(tmp_path / "model")
-    ShapleyViTForImageClassification(ShapleyViTConfig(**VIT, head="votes+influence")).save_pretrained(
-        folder
-    )
+    ShapleyViTForImageClassification(ShapleyViTConfig(**VIT, head="votes+influence")).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(folder)
     assert main(["explain", picture, "--model", folder, "-o", str(tmp_path / "out.png"), "--json"]) == 0
     assert "The attributions of this model have not been trained." in caplog.text

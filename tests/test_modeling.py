@@ -476,9 +476,7 @@ def test_recording_changes_nothing(model, pixel_values):
 
 @pytest.mark.parametrize(("kind", "mixes"), [("mlp", False), ("convolution", True), ("backbone", True)])
 def test_influence_blocks_mix_tokens_or_not(backbone, kind, mixes):
-    head = make_model(
-        backbone, head="votes+influence", influence_block=kind, influence_layers=1
-    ).attribution_head
+    head = make_model(backbone, head="votes+influence", influence_block=kind, influence_layers=1).attribution_head
     tokens = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
     other = tokens.clone()
     other[:, 7] += 1.0

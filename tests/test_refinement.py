@@ -129,9 +129,7 @@ def test_refinement_refuses(attributions, budget, message):
 
 def test_a_model_refines_its_own_maps(backbone, pixel_values):
     """Where evaluations cover all coalitions the maps are the exact values; with none they are those of one pass."""
-    model = make_model(
-        backbone, head="votes+influence", **({"image_size": 8} if backbone == "vit" else {})
-    )
+    model = make_model(backbone, head="votes+influence", **({"image_size": 8} if backbone == "vit" else {}))
     pixels = pixel_values[:, :, :8, :8]
     exact = torch.stack(
         [exact_shapley(lambda c, x=x: model.coalition_values(x[None], c[None])[0], num_players=4) for x in pixels]

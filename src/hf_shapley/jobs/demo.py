@@ -28,8 +28,8 @@ from ..faithfulness.agreement import attribution_correlation, error_ratio
 from ..faithfulness.estimators import exact_shapley
 from ..figures.optional_matplotlib import matplotlib_parts
 from ..terminal import say
-from ..training.digits import EVERYTHING_FLOWS, SHORT_RUN, VOTES, digits_dataset, label_maps, trainable
 from ..training.arguments import ShapleyTrainingArguments
+from ..training.digits import EVERYTHING_FLOWS, SHORT_RUN, VOTES, digits_dataset, label_maps, trainable
 from ..training.trainer import ShapleyTrainer
 from .demo_report import write_report
 

@@ -37,7 +37,7 @@ from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassifica
 from ..models.modeling_shapley_vit import ShapleyViTForImageClassification
 from ..models.pipeline_shapley import label_scores, pixel_values_of
 from ..training.digits import digits_dataset, label_maps
-from ..training.recipes import fine_tuning_recipe, refinement_recipe
+
 from ..training.trainer import ShapleyTrainer, ShapleyTrainingArguments
 
 logger = logging.getLogger(__name__)

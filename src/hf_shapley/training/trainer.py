@@ -235,6 +235,7 @@ class ShapleyTrainer(JointLossTrainer):
                 f"{load_result.unexpected_keys[:3]} weights, among others: resume with the model that wrote it."
             )
 
+
 def _values_of(model, pixels: Tensor, label: Tensor, options: dict[str, Any], coalitions: Tensor) -> Tensor:
     """The game of one image (C, H, W) and label (1), on the CPU: (M, N) -> (M, 1)."""
     values = model.coalition_values(pixels.unsqueeze(0), coalitions.unsqueeze(0).to(pixels.device), **options)
