@@ -6,7 +6,7 @@ from threading import Event, Thread, current_thread
 
 import pytest
 import torch
-from conftest import CONVNEXT, VIT, make_model
+from conftest import CONVNEXT, HEADS, VIT, make_model
 from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -32,15 +32,15 @@ from hf_shapley import (
     ShapleyViTConfig,
     ShapleyViTForImageClassification,
     coalitions_to_ids,
-    fine_tuning_recipe,
     ids_to_coalitions,
     sample_coalitions,
     upsample_attributions,
 )
 from hf_shapley.models.coalitions import sum_over_coalitions
-from hf_shapley.models.heads import activated, learning_less
-from hf_shapley.models.modeling_shapley import UNTRAINED, _check_copies
-from hf_shapley.models.modeling_shapley_convnext import ShapleyConvNextLayer
+from hf_shapley.models.loading import UNTRAINED, _check_copies
+from hf_shapley.models.modeling_shapley_convnext import CellRule, ShapleyConvNextLayer
+from hf_shapley.models.speed import activated
+from hf_shapley.models.token_backbone import TokenRule
 
 PLAYERS = 24
 SHAPLEY = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}
@@ -126,8 +126,6 @@ def test_the_influence_term_changes_attributions_but_not_logits(backbone, pixel_
 
 def test_the_ordinary_forward_is_the_stock_backbones(model, pixel_values):
     votes = stock_voters(model, pixel_values)
-    for block in model.attribution_head.vote_blocks:
-        votes = block(votes)
     votes = nn.functional.linear(votes, model.classifier.weight) / PLAYERS
     expected = model.base_values + votes.sum(1)
     # What patches vote is summed before it is mapped to labels, which rounds differently.
@@ -227,7 +225,8 @@ def test_a_masked_convnext_layer_has_the_gradients_that_differences_find():
     second = torch.tensor([[False, True, False], [True, False, False]])
     masks = torch.stack([first, second, ~(first | second)])[None, ..., None].double()  # (1, 3, 2, 3, 1)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda features: layer(features, masks), features.requires_grad_())
+        rule = CellRule(masks[..., 0].flatten(2).bool(), {3: masks}, {})
+        assert check(lambda features: layer(features, rule), features.requires_grad_())
 
 
 def test_structures_may_be_given_for_the_first_images_only(model, pixel_values):
@@ -282,7 +281,7 @@ def test_gradient_checkpointing_leaves_gradients_alone(pixel_values):
 @pytest.mark.parametrize("recipe", [False, True])
 def test_gradients_of_each_image_are_found_at_once(backbone, recipe, played, pixel_values):
     """`vmap` over images gives the gradients, classification alone or with coalitions, that each image has alone."""
-    model = make_model(backbone, **(fine_tuning_recipe(backbone=backbone)[0] if recipe else {})).train()
+    model = make_model(backbone, head="recommended" if recipe else "votes").train()
     labels, ids = torch.tensor([0, 4, 2]), coalitions_to_ids(draw())
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
 
@@ -493,7 +492,7 @@ def test_influence_blocks_mix_tokens_or_not(backbone, kind, mixes):
 
 @pytest.mark.parametrize("kind", ["mlp", "convolution"])
 def test_new_influence_blocks_change_nothing(kind):
-    config = ShapleyViTConfig(**VIT, head="votes+influence", influence_block=kind)
+    config = ShapleyViTConfig(**VIT | HEADS["votes+influence"] | {"influence_block": kind})
     tokens = torch.randn(2, 24, 32)
     for block in ShapleyViTForImageClassification(config).attribution_head.influence_blocks:
         assert torch.equal(block(tokens, (4, 6)), tokens)
@@ -533,18 +532,6 @@ def test_own_layers_leave_out_images_whose_attributions_nobody_asks_for(backbone
     torch.testing.assert_close(summed.coalition_attributions, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_own_layers_leave_the_backbones_to_the_classifier(backbone, pixel_values):
-    options = {"head": "pooled"}
-    for own in (0, 1):
-        model = make_model(backbone, influence_own_layers=own, **options)
-        model(pixel_values).attributions.square().sum().backward()  # the votes' own gradient does not flow
-        layers, norm = model.last_layers(1)
-        reached = [parameter.grad is not None for parameter in [*layers.parameters(), *norm.parameters()]]
-        assert any(reached) == (own == 0)
-        if own:
-            assert all(parameter.grad.any() for parameter in model.attribution_head.own_norm.parameters())
-
-
 # Coalition adapters
 
 
@@ -575,55 +562,19 @@ def test_adapters_start_at_nothing(backbone, pixel_values, tmp_path):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("readout", ["patches", "pooled"])
-@pytest.mark.parametrize("sums_only", [True, False])
-def test_the_classifiers_weights_get_a_share_of_the_coalitions_gradient(backbone, readout, sums_only, pixel_values):
-    options = {"head": "votes+influence", "vote_readout": readout, "vote_layers": 1}
-    coalitions = sample_coalitions(3, 2, num_players=24, generator=torch.Generator().manual_seed(0))
-
-    def gradients(share: float, checkpointing: bool = False) -> dict[str, torch.Tensor]:
-        model = make_model(backbone, coalition_adapter_size=4, coalition_gradient=share, **options).train()
-        if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        output = model(pixel_values, coalitions_to_ids(coalitions), sums_only=sums_only)
-        (output.coalition_gains if sums_only else output.coalition_votes).square().sum().backward()
-        named = model.named_parameters()
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
-
-    whole = gradients(1.0)
-    for share, checkpointing in [(0.0, False), (0.25, False), (0.25, True)]:
-        for name, gradient in gradients(share, checkpointing).items():
-            wanted = whole[name] * (1.0 if "coalition_adapters." in name else share)
-            torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
-    assert sum(gradient.any().item() for gradient in whole.values()) > len(whole) / 2
-
-
-class ScaledInt8(nn.Linear):
-    """A quantised layer as bitsandbytes has it: the frozen weight carries what turns its numbers into weights."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features)
-        self.bias = linear.bias
-        self.weight = nn.Parameter(linear.weight.detach().mul(100).round().to(torch.int8), requires_grad=False)
-        self.weight.scale = 0.01
-
-    def forward(self, inputs):
-        return nn.functional.linear(inputs, self.weight * self.weight.scale, self.bias)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_quantised_layer_keeps_its_weight_where_the_rest_learns_less(share):
-    """What learns beside a quantised weight gets its share of the gradient; the weight stays as its layer has it."""
-    layer, inputs = ScaledInt8(nn.Linear(6, 4)), torch.randn(3, 6, requires_grad=True)
-    found, expected = learning_less(layer, share)(inputs), layer(inputs)
-    assert torch.equal(found, expected)
-    gradients = [torch.autograd.grad(out.sum(), layer.bias, materialize_grads=True)[0] for out in (found, expected)]
-    assert torch.equal(gradients[0], share * gradients[1])
+@pytest.mark.parametrize("flows", [False, True])
+@pytest.mark.parametrize("head", ["votes+influence", "pooled", "recommended"])
+def test_attributions_teach_the_classifier_only_if_asked(backbone, head, flows, pixel_values):
+    """`attribution_gradient` decides whether the gradient of attributions reaches anything but the head."""
+    model = make_model(backbone, head=head, attribution_gradient=flows).train()
+    model(pixel_values).attributions.square().sum().backward()
+    learned = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+    outside = {name for name in learned if not name.startswith("attribution_head.")}
+    assert bool(outside) == flows and "attribution_head.correction.weight" in learned
 
 
 def test_hooks_of_a_layers_parts_act_on_coalitions_too(pixel_values):
-    model = make_model("vit", coalition_gradient=0.0).train()
+    model = make_model("vit").train()
     ids = coalitions_to_ids(sample_coalitions(3, 1, num_players=24, generator=torch.Generator().manual_seed(0)))
     found = model(pixel_values, ids).coalition_votes
     for part in (model.vit.layers[0].attention.o_proj, model.vit.layers[0].layernorm_after):
@@ -676,20 +627,20 @@ def test_an_activation_takes_no_memory_of_its_own_where_nothing_else_needs_its_i
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention):
     model = make_model("vit", attn_implementation=attention)
-    tokens, layer = torch.randn(2, 7, 32), model.vit.layers[0]
+    tokens, layer = torch.randn(2, 7, 32), model.vit.layers[-1]
     ids = torch.tensor([[0, 1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0, 0]])
-    for mask in (None, model._coalition_mask(tokens, ids)):
+    for mask in (None, model._mask(tokens, ids)):
         expected = layer(tokens, mask)[:, :2]
-        torch.testing.assert_close(layer(tokens, mask, 2), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(tokens, TokenRule(mask, readers=2)), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_weights_that_an_adapter_changes_are_used_as_it_changes_them(attention):
-    layer = make_model("vit", attn_implementation=attention).vit.layers[0]
+    layer = make_model("vit", attn_implementation=attention).vit.layers[-1]
     tokens = torch.randn(2, 7, 32)
     layer.attention.k_proj = nn.Sequential(layer.attention.k_proj, nn.Linear(32, 32))
     layer.attention.v_proj = nn.Sequential(layer.attention.v_proj, nn.Linear(32, 32))
-    torch.testing.assert_close(layer(tokens, None, 2), layer(tokens)[:, :2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(tokens, TokenRule(readers=2)), layer(tokens)[:, :2], atol=1e-5, rtol=1e-5)
 
 
 def test_a_pooled_vits_step_reaches_every_parameter(pixel_values):
@@ -699,13 +650,13 @@ def test_a_pooled_vits_step_reaches_every_parameter(pixel_values):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.parametrize("num_queries", [None, 1])
+@pytest.mark.parametrize("readers", [None, 1])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(attention, num_queries):
-    layer = make_model("vit", attn_implementation=attention).vit.layers[0]
+def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(attention, readers):
+    layer = make_model("vit", attn_implementation=attention).vit.layers[-1]
     tokens, lone = torch.randn(2, 7, 32), torch.randn(1, 32)
-    packed = layer(torch.cat([tokens.flatten(0, 1), lone]), None, num_queries, 2)
-    expected = torch.cat([layer(tokens)[:, :num_queries].flatten(0, 1), layer(lone[None])[0]])
+    packed = layer(torch.cat([tokens.flatten(0, 1), lone]), TokenRule(readers=readers, images=2))
+    expected = torch.cat([layer(tokens)[:, :readers].flatten(0, 1), layer(lone[None])[0]])
     torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -739,7 +690,7 @@ def test_any_part_may_be_offloaded(backbone, offloaded, pixel_values, tmp_path):
 def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_path):
     """Neither from nor into an offloaded layer can be copied: refused, with the way round, not left at random."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
-    options = {"head": "votes+influence", "influence_own_layers": 1}
+    options = HEADS["votes+influence"] | {"influence_own_layers": 1}
     whole = SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **options)
     place = {"backbone": whole.base_model_prefix}.get(offloaded, offloaded)
     where = {name: "disk" if name == place else "cpu" for name, _ in whole.named_children()}
@@ -798,7 +749,7 @@ def test_auto_model_gives_the_backbones_features(backbone, pixel_values, tmp_pat
 def test_a_plain_classifier_keeps_every_weight(backbone, tmp_path):
     plain = plain_model(backbone)
     plain.save_pretrained(tmp_path)
-    model, report = SHAPLEY[backbone].from_pretrained(tmp_path, output_loading_info=True)
+    model, report = SHAPLEY[backbone].from_pretrained(tmp_path, **HEADS["votes"], output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     weights = model.state_dict()
     assert weights.keys() == plain.state_dict().keys()
@@ -808,7 +759,7 @@ def test_a_plain_classifier_keeps_every_weight(backbone, tmp_path):
 def test_the_pooled_readout_keeps_a_plain_classifiers_predictions(backbone, pixel_values, tmp_path):
     plain = plain_model(backbone)
     plain.save_pretrained(tmp_path)
-    options = {"head": "pooled"}
+    options = HEADS["pooled"]
     model = SHAPLEY[backbone].from_pretrained(tmp_path, **options).eval()
     torch.testing.assert_close(model(pixel_values).logits, plain(pixel_values).logits, atol=1e-5, rtol=1e-5)
 
@@ -816,7 +767,7 @@ def test_the_pooled_readout_keeps_a_plain_classifiers_predictions(backbone, pixe
 def test_a_pooled_vit_coalition_is_the_plain_classifier_without_the_other_patches(pixel_values, tmp_path):
     plain = plain_model("vit")
     plain.save_pretrained(tmp_path)
-    options = {"head": "pooled"}
+    options = HEADS["pooled"]
     model = SHAPLEY["vit"].from_pretrained(tmp_path, **options)
     coalitions = draw(structures=1)
     seen = nn.functional.pad(coalitions[:, 0], (1, 0), value=True).long()  # CLS is always there
@@ -831,9 +782,8 @@ def test_a_pooled_convnext_coalition_is_the_mean_over_its_cells(pixel_values):
     apart = copy.deepcopy(model)  # each cell by itself, before the final norm
     apart.attribution_head.pooled = False
     apart.convnext.layernorm = nn.Identity()
-    embeddings = apart._embed(pixel_values, None)
     members = torch.stack([coalitions, ~coalitions], dim=2)
-    cells = apart._structured_tokens(embeddings, coalitions_to_ids(coalitions), members)[:, 0]
+    cells = apart.encode(apart.embed(pixel_values), (4, 6), members).voting
     for image, coalition in enumerate(coalitions[:, 0]):
         pooled = model.convnext.layernorm(cells[image][coalition].mean(0))
         expected = model.classifier(pooled)
@@ -843,24 +793,15 @@ def test_a_pooled_convnext_coalition_is_the_mean_over_its_cells(pixel_values):
 
 def test_only_what_is_new_is_reported_missing(backbone, pixel_values, tmp_path):
     plain_model(backbone).save_pretrained(tmp_path)
-    model, report = SHAPLEY[backbone].from_pretrained(
-        tmp_path, head="votes+influence", vote_layers=1, output_loading_info=True
-    )
+    model, report = SHAPLEY[backbone].from_pretrained(tmp_path, **HEADS["votes+influence"], output_loading_info=True)
     assert report["missing_keys"] and all(key.startswith("attribution_head.") for key in report["missing_keys"])
-    votes = SHAPLEY[backbone].from_pretrained(tmp_path)
+    votes = SHAPLEY[backbone].from_pretrained(tmp_path, **HEADS["votes"])
     # New parts start at nothing: the attributions are the plain votes until training.
     assert torch.equal(model.eval()(pixel_values).attributions, votes.eval()(pixel_values).attributions)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-HEADS = {
-    "votes": {"vote_layers": 1},
-    "influence": {"head": "votes+influence"},
-    "recommended": fine_tuning_recipe()[0] | {"influence_layers": 1},
-}
-
-
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["votes+influence", "pooled, own layer", "recommended"])
 def test_a_model_says_whether_its_attributions_were_trained(backbone, head, pixel_values, tmp_path, caplog):
     """A plain checkpoint, loaded or saved and loaded again, says once that it was not; after a step it does not."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
@@ -886,7 +827,7 @@ def test_a_model_says_whether_its_attributions_were_trained(backbone, head, pixe
 def test_a_plain_classifier_that_would_read_patch_tokens_is_named_while_loading(backbone, tmp_path, caplog):
     """Nothing in such a model starts at zero, so that later nobody could tell."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
-    SHAPLEY[backbone].from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "ours")
+    SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **HEADS["votes"]).save_pretrained(tmp_path / "ours")
     assert caplog.text.count(UNTRAINED) == 1
     SHAPLEY[backbone].from_pretrained(tmp_path / "ours")
     assert caplog.text.count(UNTRAINED) == 1
@@ -920,7 +861,8 @@ def test_a_vit_without_classifier_keeps_its_backbone(tmp_path):
     backbone = ViTModel(ViTConfig(**options))
     nn.init.normal_(backbone.layers[1].mlp.fc1.weight)
     backbone.save_pretrained(tmp_path)
-    model, report = ShapleyViTForImageClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    options = HEADS["votes"] | {"num_labels": 5}
+    model, report = ShapleyViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True, **options)
     assert sorted(report["missing_keys"]) == ["classifier.bias", "classifier.weight"]
     assert torch.equal(model.vit.layers[1].mlp.fc1.weight, backbone.layers[1].mlp.fc1.weight)
 
@@ -930,7 +872,7 @@ def test_a_plain_configuration_is_taken_as_ours(backbone, pixel_values, tmp_path
     plain_model(backbone).save_pretrained(tmp_path)
     labels = {"id2label": {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}, "num_labels": 5}
     config = AutoConfig.from_pretrained(tmp_path, **labels)
-    options = {"head": "pooled"}
+    options = HEADS["pooled"]
     model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, **options).eval()
     expected = SHAPLEY[backbone].from_pretrained(tmp_path, **options).eval()
     assert torch.equal(model(pixel_values).attributions, expected(pixel_values).attributions)
@@ -953,8 +895,8 @@ def test_labels_named_while_loading_are_saved_both_ways(backbone, tmp_path):
 def test_options_beside_our_configuration_leave_it_alone(backbone, tmp_path):
     make_model(backbone).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, head="votes+influence")
-    assert (model.config.attribution_head, config.attribution_head) == ("votes+influence", "votes")
+    model = SHAPLEY[backbone].from_pretrained(tmp_path, config=config, **HEADS["votes+influence"])
+    assert (model.config.influence_layers, config.influence_layers) == (2, 0)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("vit", ConvNextConfig), ("convnext", ViTConfig)])
@@ -1079,17 +1021,13 @@ def test_attention_that_cannot_hide_players_is_refused(pixel_values):
 @pytest.mark.parametrize(
     "options",
     [
-        {"attribution_head": "prototype"},
         {"influence_block": "gru"},
         {"vote_readout": "mean"},
-        {"vote_readout": "pooled"},
-        {"influence_layers": 0},
+        {"vote_readout": "pooled", "influence_layers": 0, "influence_own_layers": 0},
+        {"influence_layers": -1},
         {"influence_own_layers": -1},
         {"coalition_adapter_size": -1},
         {"influence_own_layers": 13},
-        {"vote_layers": -1},
-        {"vote_gradient": 1.5},
-        {"influence_gradient": -0.1},
     ],
 )
 @pytest.mark.parametrize("config", [ShapleyViTConfig, ShapleyConvNextConfig])
@@ -1101,8 +1039,9 @@ def test_bad_options_are_refused(config, options):
 def test_options_given_while_loading_mean_what_they_mean_at_creation(backbone, tmp_path):
     plain_model(backbone).save_pretrained(tmp_path)
     load = SHAPLEY[backbone].from_pretrained
-    assert load(tmp_path).attribution_head.vote_gradient == 1
-    assert load(tmp_path, head="votes+influence").attribution_head.vote_gradient == 0
+    assert not load(tmp_path).attribution_head.gradient_flows
+    assert load(tmp_path, attribution_gradient=True).attribution_head.gradient_flows
+    assert load(tmp_path, **HEADS["votes"]).attribution_head.gradient_flows
     with pytest.raises(ValueError, match="influence_block"):
         load(tmp_path, influence_block="gru")
 

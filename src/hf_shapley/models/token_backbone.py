@@ -238,11 +238,11 @@ class TokenBackbone(Backbone):
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, **wanted
         )
         states = outputs.hidden_states  # what enters the first layer, and what each layer gives, before the norm
-        if not isinstance(chosen, bool | None):
-            chosen_states = tuple(states[place] for place in ([chosen] if isinstance(chosen, int) else chosen))
-        else:
-            chosen_states = states if chosen else None
-        recorded = {"hidden_states": chosen_states, "attentions": outputs.attentions}
+        kept: tuple[Tensor | None, ...] | None = states if chosen else None
+        if kept and not isinstance(chosen, bool):  # as transformers gives states by their places
+            places = {place % len(states) for place in ([chosen] if isinstance(chosen, int) else chosen)}
+            kept = tuple(state if place in places else None for place, state in enumerate(states))
+        recorded = {"hidden_states": kept, "attentions": outputs.attentions}
         return states[-1 - self.attribution_head.own_layers], states[-1], recorded
 
     def last_layers(self, count: int) -> tuple[Sequence[nn.Module], nn.Module]:
