@@ -21,8 +21,12 @@ INTERNAL_MODULES = {
     "files",
     "data/labels",
     "data/picture_rows",
+    "data/splits",
+    "data/transforms",
     "terminal",
     "publishing/training_card",
+    "jobs/starting_model",
+    "jobs/training_arguments",
     "jobs/training_job",
 }
 INTERNAL = {
@@ -51,7 +55,7 @@ INTERNAL = {
     "models/coalitions": {"check_coalitions", "sum_over_coalitions"},
     "models/configuration_shapley": {"ShapleyConfigMixin"},
     "models/posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
-    "training/digits": {"label_maps", "trainable"},
+    "training/digits": {"trainable"},
     "faithfulness/estimators": {
         "CheckedGame",
         "check_budget",

@@ -27,6 +27,8 @@ from transformers import (
     set_seed,
 )
 
+from ..data.digits import digits_dataset
+from ..data.labels import label_maps
 from ..faithfulness.estimators import exact_shapley
 from ..faithfulness.metrics import attribution_correlation, error_ratio
 from ..figures.optional_matplotlib import matplotlib_parts
@@ -34,7 +36,7 @@ from ..models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConf
 from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from ..models.modeling_shapley_vit import ShapleyViTForImageClassification
 from ..terminal import say
-from ..training.digits import SHORT_RUN, digits_dataset, label_maps, trainable
+from ..training.digits import SHORT_RUN, trainable
 from ..training.trainer import ShapleyTrainer, ShapleyTrainingArguments
 from .demo_report import write_report
 
