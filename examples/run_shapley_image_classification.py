@@ -21,7 +21,7 @@ accelerate's own `--cpu` would start one process only.
 `--resume_from_checkpoint last` continues where the run in `--output_dir` stopped. One `.json` file may hold all of the
 options.
 Needs no torchvision: augmentation is a crop and a flip done by Pillow. `hf-shapley train` takes the same options; the
-steps are the functions of `hf_shapley.jobs.training_job`, to import and rearrange.
+steps are the functions that `hf_shapley.jobs.training_job` imports, to take and rearrange.
 """
 
 import sys

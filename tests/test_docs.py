@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from hf_shapley import ShapleyTrainingArguments, ShapleyViTConfig
 from hf_shapley.cli import _parser
-from hf_shapley.training.digits import digits_dataset
+from hf_shapley.data.digits import digits_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists()]

@@ -27,7 +27,10 @@ from hf_shapley import (
     refinement_recipe,
     train_digits_model,
 )
+from hf_shapley.data.splits import DataArguments, load_splits
 from hf_shapley.jobs import training_job
+from hf_shapley.jobs.starting_model import ModelArguments, load_model
+from hf_shapley.jobs.training_arguments import parse_arguments
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL_TRAINING = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1"]
@@ -84,7 +87,7 @@ def test_a_folder_of_pictures_trains_a_plain_checkpoint_and_goes_on_where_it_sto
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=2, **shape))
     plain.save_pretrained(tmp_path / "plain")
-    training_job.load_model(training_job.ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
+    load_model(ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
     arguments = [*SMALL_TRAINING, "--model", str(tmp_path / "plain"), "--dataset", str(tmp_path / "pictures")]
     arguments += ["--attribution_head", "votes+influence", "--vote_readout", "pooled", "--influence_own_layers", "1"]
     arguments += ["--influence_gradient", "0.1", "--horizontal_flip", "--random_crop", "0.5"]
@@ -108,18 +111,18 @@ def test_text_labels_and_other_column_names_become_class_labels(tmp_path):
     rows = rows.map(lambda row: {"kind": "even" if row["label"] % 2 == 0 else "odd"}).remove_columns("label")
     rows.rename_column("image", "picture").save_to_disk(tmp_path / "rows")
     options = {"image_column": "picture", "label_column": "kind", "max_eval_samples": 10}
-    splits = training_job.load_splits(training_job.DataArguments(str(tmp_path / "rows"), **options), seed=0)
+    splits = load_splits(DataArguments(str(tmp_path / "rows"), **options), seed=0)
     assert splits["train"].features["label"].names == ["even", "odd"]
     assert (splits["train"].num_rows, splits["eval"].num_rows) == (1347, 10)
     assert splits["train"]["label"][:] == [kind == "odd" for kind in rows["train"]["kind"][:]]
     with pytest.raises(ValueError, match="label_column.*kind"):
-        training_job.load_splits(training_job.DataArguments(str(tmp_path / "rows"), image_column="picture"), 0)
+        load_splits(DataArguments(str(tmp_path / "rows"), image_column="picture"), 0)
 
 
 def test_one_json_file_may_hold_all_options(tmp_path):
     options = {"backbone": "vit", "output_dir": str(tmp_path), "learning_rate": 0.5, "max_eval_samples": 3}
     (tmp_path / "options.json").write_text(json.dumps(options))
-    model_args, data_args, args = training_job.parse_arguments([str(tmp_path / "options.json")])
+    model_args, data_args, args = parse_arguments([str(tmp_path / "options.json")])
     assert (model_args.backbone, data_args.max_eval_samples, args.learning_rate) == ("vit", 3, 0.5)
     assert args.do_train
     assert args.do_eval
@@ -129,38 +132,38 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
     plain.save_pretrained(tmp_path / "plain")
-    training_job.load_model(training_job.ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
+    load_model(ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
     arguments = ["--model", str(tmp_path / "plain"), "--learning_rate", "2e-3", "--output_dir", str(tmp_path)]
     model_options, training_options = fine_tuning_recipe(2e-3)
-    model_args, _, args = training_job.parse_arguments(arguments)
+    model_args, _, args = parse_arguments(arguments)
     assert {name: getattr(args, name) for name in training_options} == training_options
-    model, _ = training_job.load_model(model_args, ["a", "b"])
+    model, _ = load_model(model_args, ["a", "b"])
     assert {name: getattr(model.config, name) for name in model_options} == model_options
     assert model.classifier.weight.requires_grad
     for game, parts in (("own", {"attribution_head"}), ("adapted", {"attribution_head", "coalition_adapters"})):
         model_options, training_options = fine_tuning_recipe(2e-3, game=game)
         training_options = training_options if game == "adapted" else refinement_recipe(2e-3)
-        frozen, _, args = training_job.parse_arguments([*arguments, "--freeze_classifier", "--game", game])
+        frozen, _, args = parse_arguments([*arguments, "--freeze_classifier", "--game", game])
         assert {name: getattr(args, name) for name in training_options} == training_options
-        model, _ = training_job.load_model(frozen, ["a", "b"])
+        model, _ = load_model(frozen, ["a", "b"])
         assert {name: getattr(model.config, name) for name in model_options} == model_options
         learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert learning == parts
         assert all(parameter.requires_grad for parameter in model.attribution_head.parameters())
     for name in ("freeze_classifier", "freeze_adapters"):
         with pytest.raises(ValueError, match=rf"{name}.*checkpoint with `--model`"):
-            training_job.ModelArguments(**{name: True})
+            ModelArguments(**{name: True})
         with pytest.raises(ValueError, match=rf"{name}.*ignore_mismatched_sizes"):
-            training_job.ModelArguments("plain", **{name: True}, ignore_mismatched_sizes=True)
+            ModelArguments("plain", **{name: True}, ignore_mismatched_sizes=True)
 
-    assert training_job.parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
+    assert parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
     (tmp_path / "all.json").write_text(json.dumps({"model": str(tmp_path / "plain"), "output_dir": str(tmp_path)}))
-    assert training_job.parse_arguments([str(tmp_path / "all.json")])[2].value_gradient == 0.1
+    assert parse_arguments([str(tmp_path / "all.json")])[2].value_gradient == 0.1
     for others in ([*arguments, "--attribution_head", "votes"], ["--model", str(checkpoint), "--output_dir", "out"]):
-        model_args, _, args = training_job.parse_arguments(others)
+        model_args, _, args = parse_arguments(others)
         assert (model_args.vote_readout, args.value_gradient) == (None, 1.0)
     ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2).save_pretrained(tmp_path / "convnext")
-    options = vars(training_job.parse_arguments(["--model", str(tmp_path / "convnext"), *arguments[2:]])[0])
+    options = vars(parse_arguments(["--model", str(tmp_path / "convnext"), *arguments[2:]])[0])
     assert fine_tuning_recipe(backbone="convnext")[0].items() <= options.items()
     with pytest.raises(ValueError, match=r"learning_rate.*above 0"):
         fine_tuning_recipe(0)
@@ -170,7 +173,7 @@ def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
 
 def test_the_influence_head_may_learn_on_alone(tmp_path):
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    processor = training_job.load_model(training_job.ModelArguments(), ["a", "b"])[1]
+    processor = load_model(ModelArguments(), ["a", "b"])[1]
     plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
     plain.save_pretrained(tmp_path / "plain")
     options, _ = fine_tuning_recipe(game="adapted")
@@ -178,10 +181,10 @@ def test_the_influence_head_may_learn_on_alone(tmp_path):
     for start, adapters in (("plain", 0), ("ours", 1)):
         processor.save_pretrained(tmp_path / start)
         arguments = ["--model", str(tmp_path / start), "--freeze_adapters", "--output_dir", str(tmp_path)]
-        model_args, _, args = training_job.parse_arguments([*arguments, "--learning_rate", "2e-3"])
+        model_args, _, args = parse_arguments([*arguments, "--learning_rate", "2e-3"])
         assert {name: getattr(args, name) for name in refinement_recipe(2e-3)} == refinement_recipe(2e-3)
         assert args.shapley_warmup == 0
-        model, _ = training_job.load_model(model_args, ["a", "b"])
+        model, _ = load_model(model_args, ["a", "b"])
         assert (len(model.coalition_adapters), model.config.influence_own_layers) == (adapters, 1)
         learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert learning == {"attribution_head"}

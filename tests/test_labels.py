@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import make_model
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, load_dataset
 from PIL import Image as PILImage
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
@@ -16,8 +16,12 @@ from hf_shapley import (
     ShapleyTrainingArguments,
     add_attributions,
 )
+from hf_shapley.data.dataset_images import undecoded
 from hf_shapley.data.labels import check_labels_of_checkpoint
+from hf_shapley.data.splits import DataArguments, load_splits
+from hf_shapley.data.transforms import with_transforms
 from hf_shapley.jobs import training_job
+from hf_shapley.jobs.starting_model import ModelArguments, load_model
 
 NAMES = ["cat", "dog", "cow", "ant", "bee"]
 
@@ -41,8 +45,8 @@ def classes(labels: list[str], names: list[str] = NAMES) -> Dataset:
 def split_of(tmp_path, options: dict | None = None, **splits: Dataset) -> DatasetDict:
     """What the training job makes of a data set with these splits."""
     DatasetDict(splits).save_to_disk(tmp_path / "rows")
-    arguments = training_job.DataArguments(str(tmp_path / "rows"), **options or {})
-    return training_job.load_splits(arguments, seed=0)
+    arguments = DataArguments(str(tmp_path / "rows"), **options or {})
+    return load_splits(arguments, seed=0)
 
 
 def names_of(split: Dataset) -> list[str]:
@@ -105,7 +109,7 @@ def save_checkpoint(folder, id2label: dict[int, str] | None, **options):
 
 
 def load(folder, names: list[str] = NAMES, **options):
-    return training_job.load_model(training_job.ModelArguments(str(folder), **options), names)[0]
+    return load_model(ModelArguments(str(folder), **options), names)[0]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -115,11 +119,11 @@ def test_a_checkpoints_labels_are_found_by_name(frozen, tmp_path):
     saved = save_checkpoint(tmp_path / "model", dict(enumerate(NAMES[::-1])), **head)
     told = ["dog", "bee", "cat", "ant"]
     splits = split_of(tmp_path, train=classes(told), test=classes(told))
-    options = training_job.ModelArguments(str(tmp_path / "model"), freeze_classifier=frozen)
-    model, processor = training_job.load_model(options, NAMES)
+    options = ModelArguments(str(tmp_path / "model"), freeze_classifier=frozen)
+    model, processor = load_model(options, NAMES)
     assert model.config.id2label == dict(enumerate(NAMES[::-1]))
     assert torch.equal(model.classifier.weight, saved.classifier.weight)
-    seen = training_job.with_transforms(splits, model, processor, training_job.DataArguments())
+    seen = with_transforms(splits, model, processor, DataArguments())
     for split in ("train", "eval", "predict"):
         assert [model.config.id2label[seen[split][row]["labels"]] for row in range(4)] == told
 
@@ -200,8 +204,8 @@ def test_a_split_of_secret_labels_is_not_evaluated(tmp_path):
     assert "label" in splits["eval"].column_names
     with pytest.raises(ValueError, match="Row 0 of the split 'test' has no label"):
         split_of(tmp_path / "again", {"eval_split": "test"}, train=classes(NAMES * 4), test=secret)
-    arguments = training_job.DataArguments(str(tmp_path / "again" / "rows"), eval_split="test")
-    splits = training_job.load_splits(arguments, seed=0, evaluates=False)
+    arguments = DataArguments(str(tmp_path / "again" / "rows"), eval_split="test")
+    splits = load_splits(arguments, seed=0, evaluates=False)
     assert splits["predict"].column_names == ["image", "row"]
 
 
@@ -219,7 +223,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     ) as caught:
         training_job.main([*arguments, "--held_out", "0.9", "--output_dir", str(tmp_path / "out")])
     row = int(str(caught.value).split()[1])
-    train = training_job.undecoded(training_job.load_dataset(str(tmp_path / "pictures"), split="train"), "image")
+    train = undecoded(load_dataset(str(tmp_path / "pictures"), split="train"), "image")
     assert train[row]["image"]["path"] == str(path)
 
 
@@ -253,7 +257,7 @@ def test_a_table_of_another_name_is_pointed_out(tmp_path):
     picture(1).save(tmp_path / "1.png")
     (tmp_path / "labels.csv").write_text("file_name,label\n0.png,cat\n1.png,dog\n")
     with pytest.raises(ValueError, match=r"--label_column.*labels\.csv' was not read.*metadata\.csv"):
-        training_job.load_splits(training_job.DataArguments(str(tmp_path)), seed=0)
+        load_splits(DataArguments(str(tmp_path)), seed=0)
 
 
 def test_going_on_with_other_labels_is_refused(tmp_path):

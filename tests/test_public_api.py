@@ -30,8 +30,12 @@ INTERNAL_MODULES = {
     "files",
     "data/labels",
     "data/picture_rows",
+    "data/splits",
+    "data/transforms",
     "terminal",
     "publishing/training_card",
+    "jobs/starting_model",
+    "jobs/training_arguments",
     "jobs/training_job",
 }
 INTERNAL = {
@@ -57,7 +61,7 @@ INTERNAL = {
     "models/configuration_shapley": {"ShapleyConfigMixin"},
     "models/posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
     "training/trainer": {"collate"},
-    "training/digits": {"label_maps", "trainable"},
+    "training/digits": {"trainable"},
     "faithfulness/correlations": {"pearson"},
     "faithfulness/estimators": {"check_budget", "check_request", "covers_every_coalition", "exact_estimate"},
     "faithfulness/games": {

@@ -68,19 +68,21 @@ from .training.losses import (
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .data.digits import digits_dataset
     from .faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
     from .publishing.dataset_explanations import ExplanationRun, explain_dataset, load_explanations
     from .publishing.export import export_onnx, export_program
     from .publishing.interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
     from .training.arguments import ShapleyTrainingArguments
-    from .training.digits import digits_dataset, train_digits_model
+    from .training.digits import train_digits_model
     from .training.trainer import ShapleyTrainer
 
 # Loaded when first asked for: they need `datasets`, `evaluate`, the Trainer or the exporter, which whoever only
 # classifies and explains would wait for, and hold 100 MB of, in vain.
 _LAZY = {
+    "data.digits": ["digits_dataset"],
     "publishing.dataset_explanations": ["ExplanationRun", "explain_dataset", "load_explanations"],
-    "training.digits": ["digits_dataset", "train_digits_model"],
+    "training.digits": ["train_digits_model"],
     "publishing.export": ["export_onnx", "export_program"],
     "publishing.interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
     "faithfulness.evaluate_metrics": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],

@@ -32,6 +32,37 @@ def stored_mode(dataset: Dataset | IterableDataset, column: str) -> str | None:
     return getattr((dataset.features or {}).get(column), "mode", None)
 
 
+def read_picture(
+    image: Any,
+    row: int | None,
+    *,
+    split: str | None = None,
+    column: str | None = None,
+    image_processor: Any = None,
+) -> PILImage.Image:
+    """Read the image of a row, upright and RGB; a message about one that cannot be read says whose it is.
+
+    Args:
+        image: what `load_image` reads, or a dict whose path is remote, as streams have them.
+        row: its number in the data set, None where that is not known.
+        split: which one the row is of, if there are several.
+        column: which one the image is in, if there are several.
+        image_processor: what will see it: a picture that it would enlarge beyond measure counts as unreadable.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        picture = load_image(fetched(image))
+        check_enlargement(image_processor, picture.size)
+    except (OSError, TypeError, ValueError) as error:
+        path = image.get("path") if isinstance(image, dict) else None
+        whose = ("A row" if row is None else f"Row {row}") + (f" of the split {split!r}" if split else "")
+        place = (f" in {column!r}" if column else "") + (f" at {path!r}" if path and path not in str(error) else "")
+        raise ValueError(f"{whose} holds no readable image{place}: {error}") from error
+    return picture
+
+
 def read_pictures(
     images: Sequence[Any],
     rows: Sequence[int],
@@ -58,15 +89,11 @@ def read_pictures(
     positions, pictures = [], []
     for position, (row, image) in enumerate(zip(rows, images, strict=True)):
         try:
-            picture = load_image(fetched(image))
-            check_enlargement(image_processor, picture.size)
-        except (OSError, TypeError, ValueError) as error:
-            path = image.get("path") if isinstance(image, dict) else None
-            place = f" at {path!r}" if path and path not in str(error) else ""
-            message = f"Row {row} holds no readable image{place}: {error}"
+            picture = read_picture(image, row, image_processor=image_processor)
+        except ValueError as error:
             if not skip_unreadable:
-                raise ValueError(message) from error
-            logger.warning("%s It is left out.", message)
+                raise
+            logger.warning("%s It is left out.", error)
             continue
         positions.append(position)
         pictures.append(to_rgb(picture.convert(mode)) if mode else picture)

@@ -10,6 +10,11 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 
 
+def label_maps(names: Sequence[str]) -> dict[str, dict]:
+    """What a configuration keeps of label names, `id2label` and `label2id`."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
 def given_names(id2label: Mapping[int, Any]) -> list[str]:
     """A model's label names in order; empty where they were never given and are transformers' LABEL_0, LABEL_1 ..."""
     names = [str(id2label[label]) for label in sorted(id2label)]

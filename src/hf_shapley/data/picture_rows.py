@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Image
 
-from ..models.images import load_image
+from .dataset_images import read_picture
 
 
 class PictureRows(torch.utils.data.Dataset):
@@ -41,9 +41,9 @@ class PictureRows(torch.utils.data.Dataset):
         for number in numbers:
             for column in self.columns:
                 try:
-                    load_image(stored[number][column])
-                except (OSError, TypeError, ValueError) as error:
-                    raise ValueError(f"Row {number} holds no readable image in {column!r}: {error}") from cause
+                    read_picture(stored[number][column], number, column=column)
+                except ValueError as unreadable:
+                    raise unreadable from cause
 
 
 def named_pictures(rows: Dataset) -> Dataset | PictureRows:

@@ -24,12 +24,14 @@ from transformers import (
 )
 
 from ..backbones import FAMILIES
+from ..data.digits import digits_dataset
+from ..data.labels import label_maps
 from ..faithfulness.agreement import attribution_correlation, error_ratio
 from ..faithfulness.estimators import exact_shapley
 from ..figures.optional_matplotlib import matplotlib_parts
 from ..terminal import say
 from ..training.arguments import ShapleyTrainingArguments
-from ..training.digits import EVERYTHING_FLOWS, SHORT_RUN, VOTES, digits_dataset, label_maps, trainable
+from ..training.digits import EVERYTHING_FLOWS, SHORT_RUN, VOTES, trainable
 from ..training.trainer import ShapleyTrainer
 from .demo_report import write_report
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from ..data.dataset_images import undecoded
+from ..data.digits import digits_dataset
 from ..faithfulness.axioms import efficiency_gap
 from ..faithfulness.certificate import attribution_error_certificate
 from ..faithfulness.correlations import faithfulness_correlation, interaction_share
@@ -27,7 +28,7 @@ from ..models.images import load_image
 from ..models.pipeline_shapley import pixel_values_of, score_function
 from ..publishing.evaluation_card import evaluation_entries
 from ..terminal import say
-from ..training.digits import digits_dataset, train_digits_model
+from ..training.digits import train_digits_model
 
 MEANINGS = {
     "insertion_auc": "probability as the best patches come, higher is better",

@@ -1,21 +1,20 @@
-"""scikit-learn's 8 x 8 digits as a `datasets` data set, and a small model of them: nothing needs a download."""
+"""A small model of scikit-learn's digits, trained within seconds: nothing needs a download."""
 
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from torch import Tensor
 from transformers import PrinterCallback, ViTImageProcessorPil
 
+from ..data.digits import digits_dataset
+from ..data.labels import label_maps
 from ..models.configuration_shapley import ShapleyConvNextConfig
 from ..models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .arguments import ShapleyTrainingArguments
 from .trainer import ShapleyTrainer
 
-TEST_FRACTION = 0.25
 # From scratch on few images everything learns to be explained: patches vote one by one, each term has its full weight.
 VOTES = {"vote_readout": "patches", "influence_own_layers": 0, "influence_layers": 0}
 EVERYTHING_FLOWS = {
@@ -28,40 +27,6 @@ EVERYTHING_FLOWS = {
 SHORT_RUN = dict(
     save_strategy="no", lr_scheduler_type="cosine", report_to=[], use_cpu=True, dataloader_pin_memory=False
 )
-
-
-def digits_dataset() -> DatasetDict:
-    """Load the 1,797 hand-written digits (Alpaydin and Kaynak, UCI 1998) that scikit-learn ships.
-
-    Returns:
-        `train` (1,347) and `test` (450) splits, the same on every call, stratified by label; columns `image`
-        (PIL, RGB, 8 x 8) and `label` (`ClassLabel` "0" ... "9").
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0 ... 16
-    train, test = train_test_split(
-        np.arange(len(pixels)), test_size=TEST_FRACTION, random_state=0, stratify=digits.target
-    )
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(label) for label in digits.target_names])})
-    splits = {
-        name: Dataset.from_dict(
-            {
-                "image": [PILImage.fromarray(pixels[i]).convert("RGB") for i in rows],
-                "label": digits.target[rows].tolist(),
-            },
-            features=features,
-        )
-        for name, rows in {"train": train, "test": test}.items()
-    }
-    return DatasetDict(splits)
-
-
-def label_maps(names: Sequence[str]) -> dict[str, dict]:
-    """What a configuration keeps of label names, `id2label` and `label2id`."""
-    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def trainable(pixel_values: Tensor, labels: Sequence[int] | Tensor) -> list[dict]:
