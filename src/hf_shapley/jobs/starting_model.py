@@ -26,7 +26,7 @@ class ModelArguments:
     vote_readout: str | None = field(
         default=None,
         metadata={
-            "help": "'pooled', which keeps a plain checkpoint's predictions, or 'patches', which vote one by one."
+            "help": "'pooled' keeps a plain checkpoint's predictions; with 'patches' each votes by itself."
         },
     )
     influence_own_layers: int | None = field(
@@ -38,7 +38,7 @@ class ModelArguments:
     influence_block: str | None = field(default=None, metadata={"help": "'mlp', 'convolution' or 'backbone'."})
     attribution_gradient: bool | None = field(
         default=None,
-        metadata={"help": "Let learning to be explained teach the classifier: for training from scratch."},
+        metadata={"help": "Let learning to be explained teach the classifier: from scratch."},
     )
     coalition_adapter_size: int | None = field(
         default=None,
