@@ -1,4 +1,4 @@
-"""Turn a plain ViT or ConvNeXt checkpoint into one that explains itself, and see what that costs in accuracy.
+"""Turn a plain checkpoint into one that explains itself, and see what that costs in accuracy.
 
 With no argument, a plain ViT first learns scikit-learn's digits (seconds on the CPU):
 
@@ -10,9 +10,8 @@ The real thing: a fine-tuned checkpoint, and the data set it was fine-tuned on, 
         --model nateraw/vit-base-beans --dataset AI-Lab-Makerere/beans --label_column labels \
         --epochs 10 --learning_rate 2e-5 --output outputs/beans
 
-With the settings of `fine_tuning_recipe` a plain checkpoint loads with its predictions unchanged, and with
-`--freeze_classifier` they stay so: only the explanation is learned. The table shows
-three models: the plain one, its weights as a Shapley model before any training, and after.
+A plain checkpoint loads with its predictions unchanged, and with `--freeze_classifier` they stay so: only the
+explanation is learned. The table shows three models: the plain one, its weights as a Shapley model before any training, and after.
 The error is the mean squared distance of the attributions to the exact Shapley values, over the variance of those.
 """
 
@@ -24,7 +23,6 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
@@ -39,18 +37,13 @@ from transformers import (
 )
 
 from hf_shapley import (
-    ShapleyConvNextForImageClassification,
+    AutoShapleyForImageClassification,
     ShapleyTrainer,
     ShapleyTrainingArguments,
-    ShapleyViTForImageClassification,
     attribution_error_certificate,
     digits_dataset,
-    fine_tuning_recipe,
-    refinement_recipe,
     to_rgb,
 )
-
-SHAPLEY_MODELS = {"vit": ShapleyViTForImageClassification, "convnext": ShapleyConvNextForImageClassification}
 
 # 4 x 4 patches of 2 x 2 pixels.
 SMALL_VIT = {
@@ -128,7 +121,7 @@ def explanation_error(model: PreTrainedModel, pixels: Tensor, budget: int) -> fl
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="plain ViT or ConvNeXt checkpoint; default: a ViT trained now on digits")
+    parser.add_argument("--model", help="plain checkpoint; default: a ViT trained now on digits")
     parser.add_argument("--dataset", help="folder or Hub id; default: digits")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
@@ -154,19 +147,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.model or make_plain_checkpoint(splits, options.output / "plain", options.plain_epochs)
     processor = AutoImageProcessor.from_pretrained(path)
     plain = AutoModelForImageClassification.from_pretrained(path)
-    backbone = AutoConfig.from_pretrained(path).model_type
-    model_options, training_options = fine_tuning_recipe(options.learning_rate, backbone)
-    model = SHAPLEY_MODELS[backbone].from_pretrained(path, **model_options)
+    model = AutoShapleyForImageClassification.from_pretrained(path)
     if options.freeze_classifier:
         model.freeze_classifier()
-        training_options = refinement_recipe(options.learning_rate)
 
     columns = options.image_column, options.label_column
     training = settings(options.output / "shapley", options.epochs, options.learning_rate, options.batch_size)
     held_out = with_pixels(splits[options.eval_split], processor, *columns)
     trainer = ShapleyTrainer(
         model,
-        ShapleyTrainingArguments(**training | training_options, shapley_weight=options.shapley_weight),
+        ShapleyTrainingArguments(**training, shapley_weight=options.shapley_weight),
         train_dataset=with_pixels(splits[options.train_split], processor, *columns),
         eval_dataset=held_out,
         processing_class=processor,

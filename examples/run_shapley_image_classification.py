@@ -11,7 +11,7 @@ Fine-tune a plain checkpoint of the Hub on a data set of the Hub:
         --horizontal_flip --random_crop 0.5 --learning_rate 5e-5 --num_train_epochs 8 \
         --per_device_train_batch_size 32 --dataloader_num_workers 4 --bf16 --do_train --do_eval --push_to_hub
 
-A plain checkpoint starts from `hf_shapley.fine_tuning_recipe`; what is given on the command line goes before it.
+The defaults suit a plain checkpoint that goes on learning.
 
 On several devices, or several machines, put `accelerate launch` in the place of `python` (`accelerate config` asks
 about the machine once). To try it without any GPU: `accelerate launch --multi_gpu --num_processes 2 ... --use_cpu`;

@@ -14,17 +14,13 @@ from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    ConvNextConfig,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from hf_shapley import (
-    ShapleyViTForImageClassification,
     digits_dataset,
-    fine_tuning_recipe,
     load_explanations,
-    refinement_recipe,
     train_digits_model,
 )
 from hf_shapley.data.splits import DataArguments, load_splits
@@ -89,16 +85,16 @@ def test_a_folder_of_pictures_trains_a_plain_checkpoint_and_goes_on_where_it_sto
     plain.save_pretrained(tmp_path / "plain")
     load_model(ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
     arguments = [*SMALL_TRAINING, "--model", str(tmp_path / "plain"), "--dataset", str(tmp_path / "pictures")]
-    arguments += ["--attribution_head", "votes+influence", "--vote_readout", "pooled", "--influence_own_layers", "1"]
-    arguments += ["--influence_gradient", "0.1", "--horizontal_flip", "--random_crop", "0.5"]
+    arguments += ["--influence_layers", "1", "--influence_own_layers", "0"]
+    arguments += ["--attribution_gradient", "True", "--horizontal_flip", "--random_crop", "0.5"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--save_steps", "1", "--held_out", "0.25"]
     arguments += ["--per_device_train_batch_size", "9"]
     training_job.main(arguments)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "shapley-vit"
     assert model.config.label2id == {"cat": 0, "dog": 1}
-    assert (model.config.attribution_head, model.config.vote_readout) == ("votes+influence", "pooled")
-    assert (model.config.influence_own_layers, model.config.influence_gradient) == (1, 0.1)
+    head = ("vote_readout", "influence_layers", "influence_own_layers", "attribution_gradient")
+    assert [getattr(model.config, name) for name in head] == ["pooled", 1, 0, True]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 2  # 18 pictures of 24, 9 at a time
     training_job.main([*arguments, "--num_train_epochs", "2", "--resume_from_checkpoint", "last"])
@@ -128,66 +124,57 @@ def test_one_json_file_may_hold_all_options(tmp_path):
     assert args.do_eval
 
 
-def test_a_plain_checkpoint_starts_from_the_recipe_for_it(checkpoint, tmp_path):
+@pytest.fixture
+def plain(tmp_path):
+    """Arguments of a training that starts from a plain checkpoint."""
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
-    plain.save_pretrained(tmp_path / "plain")
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape)).save_pretrained(tmp_path / "plain")
     load_model(ModelArguments(), ["a", "b"])[1].save_pretrained(tmp_path / "plain")
-    arguments = ["--model", str(tmp_path / "plain"), "--learning_rate", "2e-3", "--output_dir", str(tmp_path)]
-    model_options, training_options = fine_tuning_recipe(2e-3)
-    model_args, _, args = parse_arguments(arguments)
-    assert {name: getattr(args, name) for name in training_options} == training_options
+    return ["--model", str(tmp_path / "plain"), "--learning_rate", "2e-3", "--output_dir", str(tmp_path)]
+
+
+def learning(model):
+    """Parts of a model that learn."""
+    return {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ([], {"vit", "classifier", "attribution_head"}),
+        (["--freeze_classifier"], {"attribution_head"}),
+        (["--freeze_classifier", "--coalition_adapter_size", "4"], {"attribution_head", "coalition_adapters"}),
+        (["--freeze_adapters", "--coalition_adapter_size", "4"], {"attribution_head"}),
+    ],
+)
+def test_options_say_which_parts_of_a_plain_checkpoint_learn(plain, options, parts):
+    model_args, _, args = parse_arguments([*plain, *options])
     model, _ = load_model(model_args, ["a", "b"])
-    assert {name: getattr(model.config, name) for name in model_options} == model_options
-    assert model.classifier.weight.requires_grad
-    for game, parts in (("own", {"attribution_head"}), ("adapted", {"attribution_head", "coalition_adapters"})):
-        model_options, training_options = fine_tuning_recipe(2e-3, game=game)
-        training_options = training_options if game == "adapted" else refinement_recipe(2e-3)
-        frozen, _, args = parse_arguments([*arguments, "--freeze_classifier", "--game", game])
-        assert {name: getattr(args, name) for name in training_options} == training_options
-        model, _ = load_model(frozen, ["a", "b"])
-        assert {name: getattr(model.config, name) for name in model_options} == model_options
-        learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert learning == parts
-        assert all(parameter.requires_grad for parameter in model.attribution_head.parameters())
-    for name in ("freeze_classifier", "freeze_adapters"):
-        with pytest.raises(ValueError, match=rf"{name}.*checkpoint with `--model`"):
-            ModelArguments(**{name: True})
-        with pytest.raises(ValueError, match=rf"{name}.*ignore_mismatched_sizes"):
-            ModelArguments("plain", **{name: True}, ignore_mismatched_sizes=True)
-
-    assert parse_arguments([*arguments, "--value_gradient", "0.5"])[2].value_gradient == 0.5
-    (tmp_path / "all.json").write_text(json.dumps({"model": str(tmp_path / "plain"), "output_dir": str(tmp_path)}))
-    assert parse_arguments([str(tmp_path / "all.json")])[2].value_gradient == 0.1
-    for others in ([*arguments, "--attribution_head", "votes"], ["--model", str(checkpoint), "--output_dir", "out"]):
-        model_args, _, args = parse_arguments(others)
-        assert (model_args.vote_readout, args.value_gradient) == (None, 1.0)
-    ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2).save_pretrained(tmp_path / "convnext")
-    options = vars(parse_arguments(["--model", str(tmp_path / "convnext"), *arguments[2:]])[0])
-    assert fine_tuning_recipe(backbone="convnext")[0].items() <= options.items()
-    with pytest.raises(ValueError, match=r"learning_rate.*above 0"):
-        fine_tuning_recipe(0)
-    with pytest.raises(ValueError, match=r"backbone.*'vit', 'convnext'.*'swin'"):
-        fine_tuning_recipe(backbone="swin")
+    assert learning(model) == parts and model.config.influence_own_layers == 1
+    trainer = ShapleyTrainer(model, args)
+    assert trainer.attribution_learning_rate == 8 * 2e-3
+    frozen = "vit" not in parts
+    assert (trainer.num_pairs, trainer.shapley_warmup) == ((4, 0) if frozen else (1, 0.3))
+    assert trainer.value_gradient == (0.03 if "--coalition_adapter_size" in options else 0.1)
 
 
-def test_the_influence_head_may_learn_on_alone(tmp_path):
-    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    processor = load_model(ModelArguments(), ["a", "b"])[1]
-    plain = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape))
-    plain.save_pretrained(tmp_path / "plain")
-    options, _ = fine_tuning_recipe(game="adapted")
-    ShapleyViTForImageClassification.from_pretrained(tmp_path / "plain", **options).save_pretrained(tmp_path / "ours")
-    for start, adapters in (("plain", 0), ("ours", 1)):
-        processor.save_pretrained(tmp_path / start)
-        arguments = ["--model", str(tmp_path / start), "--freeze_adapters", "--output_dir", str(tmp_path)]
-        model_args, _, args = parse_arguments([*arguments, "--learning_rate", "2e-3"])
-        assert {name: getattr(args, name) for name in refinement_recipe(2e-3)} == refinement_recipe(2e-3)
-        assert args.shapley_warmup == 0
-        model, _ = load_model(model_args, ["a", "b"])
-        assert (len(model.coalition_adapters), model.config.influence_own_layers) == (adapters, 1)
-        learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert learning == {"attribution_head"}
+def test_digits_from_scratch_have_defaults_of_their_own(plain, tmp_path):
+    """A file of options counts as the command line does; what is given goes before the defaults."""
+    model_args, _, args = parse_arguments(["--use_cpu"])
+    assert (model_args.vote_readout, args.value_gradient, args.num_train_epochs) == ("patches", 1.0, 16)
+    (tmp_path / "all.json").write_text(json.dumps({"model": plain[1], "output_dir": str(tmp_path)}))
+    for argv in (plain, [str(tmp_path / "all.json")]):
+        model_args, _, args = parse_arguments(argv)
+        assert (model_args.vote_readout, args.value_gradient, args.num_train_epochs) == (None, None, 3)
+    assert parse_arguments([*plain, "--value_gradient", "0.5"])[2].value_gradient == 0.5
+
+
+@pytest.mark.parametrize("name", ["freeze_classifier", "freeze_adapters"])
+def test_freezing_needs_a_classifier_to_keep(name):
+    with pytest.raises(ValueError, match=rf"{name}.*checkpoint with `--model`"):
+        ModelArguments(**{name: True})
+    with pytest.raises(ValueError, match=rf"{name}.*ignore_mismatched_sizes"):
+        ModelArguments("plain", **{name: True}, ignore_mismatched_sizes=True)
 
 
 def test_explaining_an_image_prints_what_adds_up_and_draws_it(tmp_path):

@@ -25,9 +25,7 @@ class ModelArguments:
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint on the Hub."})
     vote_readout: str | None = field(
         default=None,
-        metadata={
-            "help": "'pooled' keeps a plain checkpoint's predictions; with 'patches' each votes by itself."
-        },
+        metadata={"help": "'pooled' keeps a plain checkpoint's predictions; with 'patches' each votes by itself."},
     )
     influence_own_layers: int | None = field(
         default=None, metadata={"help": "Last layers of which the influence head has its own copies."}

@@ -1,1 +1,1 @@
-"""Losses, recipes and the Trainer."""
+"""Losses, their arguments and the Trainer."""

@@ -14,8 +14,12 @@ class ShapleyTrainingArguments(TrainingArguments):
     """`TrainingArguments` plus the joint loss's; the defaults suit a checkpoint that goes on learning."""
 
     shapley_weight: float = field(default=1.0, metadata={"help": "Weight of the Shapley regression."})
-    shapley_warmup: float = field(
-        default=0.3, metadata={"help": "Fraction of the training steps over which `shapley_weight` ramps up from 0."}
+    shapley_warmup: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of the training steps over which `shapley_weight` ramps up from 0. Default 0.3; 0 where "
+            "the classifier is frozen."
+        },
     )
     coalition_weight: float = field(
         default=0.3,

@@ -38,6 +38,12 @@ class JointLossTrainer(SharingTrainer):
         return self.args.num_pairs or (4 if self.is_frozen else 1)
 
     @property
+    def shapley_warmup(self) -> float:
+        """Fraction of the steps over which the regression's weight ramps up: as asked for, else 0.3, or 0 if frozen."""
+        given = self.args.shapley_warmup
+        return given if given is not None else 0.3 * (not self.is_frozen)
+
+    @property
     def value_gradient(self) -> float:
         """Share of the regression's gradient through v(S): as asked for, else 0.1, with coalition adapters 0.03."""
         if self.args.value_gradient is not None:

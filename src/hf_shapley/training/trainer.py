@@ -93,7 +93,7 @@ class ShapleyTrainer(JointLossTrainer):
     @property
     def shapley_weight(self) -> float:
         """Weight of the Shapley regression at the current step, warm-up included."""
-        ramp = self.args.shapley_warmup * self.state.max_steps
+        ramp = self.shapley_warmup * self.state.max_steps
         return self.args.shapley_weight * min(1.0, self.state.global_step / ramp if ramp > 0 else 1.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
