@@ -11,8 +11,9 @@ The real thing: a fine-tuned checkpoint, and the data set it was fine-tuned on, 
         --epochs 10 --learning_rate 2e-5 --output outputs/beans
 
 A plain checkpoint loads with its predictions unchanged, and with `--freeze_classifier` they stay so: only the
-explanation is learned. The table shows three models: the plain one, its weights as a Shapley model before any training, and after.
-The error is the mean squared distance of the attributions to the exact Shapley values, over the variance of those.
+explanation is learned. The table shows three models: the plain one, its weights as a Shapley model before any
+training, and after. The error is the mean squared distance of the attributions to the exact Shapley values, over the
+variance of those.
 """
 
 import argparse

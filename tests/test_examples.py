@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_shapley import (
+    ShapleyTrainer,
     digits_dataset,
     load_explanations,
     train_digits_model,

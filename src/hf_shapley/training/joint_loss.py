@@ -39,7 +39,7 @@ class JointLossTrainer(SharingTrainer):
 
     @property
     def shapley_warmup(self) -> float:
-        """Fraction of the steps over which the regression's weight ramps up: as asked for, else 0.3, or 0 if frozen."""
+        """Fraction of the steps over which the regression's weight ramps up: as asked for, else 0.3; frozen 0."""
         given = self.args.shapley_warmup
         return given if given is not None else 0.3 * (not self.is_frozen)
 
