@@ -57,8 +57,9 @@ from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .models.posterior import verdict
+from .publishing.card_data import ShapleyModelCard, ShapleyModelCardData
 from .publishing.hub import push_to_hub
-from .publishing.model_card import ShapleyModelCard, ShapleyModelCardData, render_model_card, write_model_card
+from .publishing.model_card import render_model_card, write_model_card
 from .training.checkpoints import last_complete_checkpoint
 from .training.losses import (
     coalition_label_loss,

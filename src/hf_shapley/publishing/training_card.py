@@ -11,8 +11,9 @@ from transformers import Trainer, TrainingArguments
 
 from ..models.configuration_shapley import ShapleyConfigMixin
 from ..models.heads import is_own_part
+from .card_data import ShapleyModelCardData
 from .hub import label_names, with_what_holds
-from .model_card import ShapleyModelCardData, render_model_card
+from .model_card import render_model_card
 
 # What a card tells of the recipe, next to the joint loss's own knobs.
 RECIPE = (
