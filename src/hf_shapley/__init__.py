@@ -3,17 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    ConvNextImageProcessorPil,
-    ViTImageProcessorPil,
-)
-from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import is_torchvision_available
-
 from .faithfulness.certificate import AttributionCertificate, attribution_error_certificate
 from .faithfulness.estimators import Game, ShapleyEstimate, exact_shapley, kernel_shapley, permutation_shapley
 from .faithfulness.metrics import (
@@ -60,6 +49,7 @@ from .models.posterior import verdict
 from .publishing.card_data import ShapleyModelCard, ShapleyModelCardData
 from .publishing.hub import push_to_hub
 from .publishing.model_card import render_model_card, write_model_card
+from .registration import register as _register
 from .training.checkpoints import last_complete_checkpoint
 from .training.losses import (
     coalition_label_loss,
@@ -191,33 +181,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _register() -> None:
-    """Make the Auto classes and pipelines of transformers know our models, and our models know our cards."""
-    from .loading import ModelForPipeline
-    from .publishing.hub import push_with_card
-
-    families = [
-        (ShapleyViTConfig, ShapleyViTForImageClassification, ViTImageProcessorPil),
-        (ShapleyConvNextConfig, ShapleyConvNextForImageClassification, ConvNextImageProcessorPil),
-    ]
-    for config, model, processor in families:
-        processors = {"pil": processor}
-        if is_torchvision_available():
-            import transformers
-
-            processors["torchvision"] = getattr(transformers, processor.__name__.removesuffix("Pil"))
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForImageClassification.register(config, model, exist_ok=True)
-        AutoModel.register(config, model.features_class, exist_ok=True)
-        AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
-    PIPELINE_REGISTRY.register_pipeline(
-        TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
-    )
-    # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
-    for published in (*(model for _, model, _ in families), ShapleyImageClassificationPipeline):
-        published.push_to_hub = push_with_card
 
 
 _register()
