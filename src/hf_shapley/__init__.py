@@ -65,9 +65,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from .data.digits import digits_dataset
     from .faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
-    from .publishing.dataset_explanations import ExplanationRun, explain_dataset, load_explanations
+    from .publishing.dataset_explanations import ExplanationRun, explain_dataset
     from .publishing.export import export_onnx, export_program
     from .publishing.interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
+    from .publishing.saved_explanations import load_explanations
     from .training.digits import train_digits_model
     from .training.trainer import ShapleyTrainer, ShapleyTrainingArguments
 
@@ -75,7 +76,8 @@ if TYPE_CHECKING:
 # classifies and explains would wait for, and hold 100 MB of, in vain.
 _LAZY = {
     "data.digits": ["digits_dataset"],
-    "publishing.dataset_explanations": ["ExplanationRun", "explain_dataset", "load_explanations"],
+    "publishing.dataset_explanations": ["ExplanationRun", "explain_dataset"],
+    "publishing.saved_explanations": ["load_explanations"],
     "training.digits": ["train_digits_model"],
     "publishing.export": ["export_onnx", "export_program"],
     "publishing.interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
