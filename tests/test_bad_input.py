@@ -23,7 +23,7 @@ from hf_shapley.cli import main
 from hf_shapley.figures import attribution_figures
 from hf_shapley.models import coalitions, images
 from hf_shapley.models import overlay as vis
-from hf_shapley.publishing import interoperability, model_card
+from hf_shapley.publishing import card_texts, interoperability, model_card
 from hf_shapley.training import losses
 
 SOURCE = str(Path(hf_shapley.__file__).parent)
@@ -314,7 +314,7 @@ CALLS = {
     "load_image": Call(
         images.load_image, {"source": PICTURE, "max_pixels": 1000}, {"source": "picture", "max_pixels": "count"}
     ),
-    "format_number": Call(model_card.format_number, {"value": 0.5}, {"value": "number"}),
+    "format_number": Call(card_texts.format_number, {"value": 0.5}, {"value": "number"}),
     "render_model_card": Call(
         model_card.render_model_card, {"results": {"model_name": "x"}, "model_id": "u/x"}, {"results": "other"}
     ),

@@ -35,7 +35,7 @@ from hf_shapley import (
     write_model_card,
 )
 from hf_shapley.cli import main
-from hf_shapley.loading import ForeignCodeError
+from hf_shapley.registration import ForeignCodeError
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "gradio_demo"

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from ..models.configuration_shapley import ShapleyConfigMixin
+from .card_data import ShapleyModelCardData
 from .hub import label_names, with_what_holds
-from .model_card import ShapleyModelCardData, render_model_card
+from .model_card import render_model_card
 
 # What a card tells of the recipe, next to the joint loss's own knobs.
 RECIPE = (
