@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from hf_shapley import demo
+from hf_shapley.jobs import demo
 
 
 def test_every_core_enumerates_an_image_of_its_own(monkeypatch):

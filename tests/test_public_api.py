@@ -23,7 +23,7 @@ INTERNAL_MODULES = {
     "training_job",
 }
 INTERNAL = {
-    "modeling_shapley": {"ShapleyImageClassifierMixin", "check_grid"},
+    "modeling_shapley": {"ShapleyImageClassifierMixin", "attribution_maps", "check_grid"},
     "heads": {
         "CoalitionAdapter",
         "NarrowConvolution",

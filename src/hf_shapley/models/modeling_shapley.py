@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -77,6 +77,7 @@ class ShapleyImageClassifierOutput(ModelOutput):
         coalition_attributions: (B', R, G, K), float32: attributions summed over each coalition; with `sums_only`.
         readout_errors: (B', R, G, D), float32: what the readout of each coalition gains over the empty one's, less the
             sum of the readout's attributions over it; the gradient is the attribution head's alone; with `sums_only`.
+        maps: (B, K, h, w): the attributions on the grid of patches, a view of them. Of L labels with `attributed`.
         hidden_states: the backbone's, when asked for.
         attentions: the backbone's, when asked for (ViT).
     """
@@ -90,6 +91,7 @@ class ShapleyImageClassifierOutput(ModelOutput):
     coalition_gains: Tensor | None = None
     coalition_attributions: Tensor | None = None
     readout_errors: Tensor | None = None
+    maps: Tensor | None = None  # a field: accelerate builds outputs anew and would drop a grid that is no tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -384,7 +386,7 @@ class ShapleyImageClassifierMixin:
             attributed = logits.topk(attributed).indices
         gains = scale_gradient(logits - base_values, head.vote_gradient)
         read = _Reading(tokens, voting, readout - empty, gains, empty, base_values, grid)
-        fields = {} if sums_only else {"attributions": self._attributions(read, attributed)}
+        fields = {} if sums_only else self._explained(read, attributed)
         if structured is not None:
             fields |= self._played_fields(read, structured, members, sums_only, num_with_gradient)
         return ShapleyImageClassifierOutput(
@@ -405,6 +407,11 @@ class ShapleyImageClassifierMixin:
         with torch.no_grad():
             constant = self._structured_tokens(embeddings[others], coalition_ids[others], members[others])
         return torch.cat([self._structured_tokens(embeddings[first], coalition_ids[first], members[first]), constant])
+
+    def _explained(self, read: _Reading, labels: Tensor | None) -> dict[str, Tensor]:
+        """The output's fields that hold the attributions of every label, or of each image's own labels (B, L)."""
+        attributions = self._attributions(read, labels)
+        return {"attributions": attributions, "maps": attribution_maps(attributions, read.grid)}
 
     def _attributions(self, read: _Reading, labels: Tensor | None) -> Tensor:
         """Attributions of every label, (B, N, K), or of each image's own labels (B, L), (B, N, L)."""
@@ -487,7 +494,7 @@ class ShapleyImageClassifierMixin:
         Raises:
             ValueError: for pixels or labels that do not fit, or an answer that is NaN or infinite.
         """
-        height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
+        grid = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
         check_count(evaluations, "evaluations", 0)
         if labels is not None:
             labels = self._label_ids(labels, len(pixel_values))
@@ -498,7 +505,7 @@ class ShapleyImageClassifierMixin:
         if evaluations > 1:
             asked = self._ask(pixel_values, attributions, labels, evaluations, interpolate_pos_encoding, generator)
             attributions = torch.stack([found.values for found in asked]).to(attributions)
-        maps = attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K or L, h, w)
+        maps = attribution_maps(attributions, grid)  # (B, K or L, h, w)
         return upsample_attributions(maps, tuple(pixel_values.shape[-2:])) if upsample else maps
 
     @torch.no_grad()
@@ -562,10 +569,8 @@ class ShapleyImageClassifierMixin:
             for _ in pixel_values
         ]
         coalitions = torch.stack([torch.cat([torch.ones_like(rows[:1]), rows]) for rows in drawn])  # (B, R, N)
-        pairs = with_complements(coalitions).to(device)  # (B, 2 R, N)
-        values = self.coalition_values(pixel_values, pairs, interpolate_pos_encoding=interpolate_pos_encoding)
-        if labels is not None:
-            values = values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
+        game = self.game(pixel_values, labels, interpolate_pos_encoding=interpolate_pos_encoding)
+        values = game(with_complements(coalitions).to(device))  # (B, 2 R, K or L)
         odd = ((values[:, 0::2] - values[:, 1::2]) / 2).double().cpu()
         return list(map(shapley_posterior, attributions.double().cpu(), coalitions, odd))
 
@@ -608,6 +613,52 @@ class ShapleyImageClassifierMixin:
             values = [self._values(embeddings, part, paired, empty) for part in coalitions.split(chunk, dim=1)]
         # That of no player at all to the bit: a product with many rows rounds otherwise than one with a single row.
         return torch.where(coalitions.any(-1, keepdim=True), torch.cat(values, dim=1), base_values)
+
+    def game(
+        self,
+        pixel_values: Tensor,
+        labels: Sequence[int | str] | Tensor | None = None,
+        *,
+        batch_size: int = 1024,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """The game of one image or of many as a function of coalitions, which estimators and metrics take.
+
+        Args:
+            pixel_values: (C, H, W) for the game of one image, (B, C, H, W) for one of many.
+            labels: None for all K; else as for `explain`. An image's own may be a long tensor (L).
+            batch_size: coalition structures in one forward, over all images.
+            interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+
+        Returns:
+            v: bool (M, N), True = present -> float32 (M, K or L), in logits; of many images bool (B, M, N) ->
+            (B, M, K or L).
+
+        Raises:
+            ValueError: for pixels or labels that do not fit; the function, for coalitions that do not.
+        """
+        is_one = isinstance(pixel_values, Tensor) and pixel_values.ndim == 3
+        images = pixel_values.unsqueeze(0) if is_one else pixel_values
+        self._check_pixels(images, interpolate_pos_encoding, check_values=True)
+        check_count(batch_size, "batch_size")
+        ids = None if labels is None else self._label_ids(labels, len(images))
+
+        def values_of(coalitions: Tensor) -> Tensor:
+            check_coalitions(coalitions)
+            if is_one and coalitions.ndim != 2:
+                raise ValueError(
+                    f"`coalitions` must be of shape (coalitions, players) in the game of one image, got "
+                    f"{tuple(coalitions.shape)}: give `game` many images (B, C, H, W) for (B, coalitions, players)."
+                )
+            asked = coalitions.unsqueeze(0) if is_one else coalitions
+            values = self.coalition_values(
+                images, asked, batch_size=batch_size, interpolate_pos_encoding=interpolate_pos_encoding
+            )
+            if ids is not None:
+                values = values.gather(2, ids.unsqueeze(1).expand(-1, values.shape[1], -1))
+            return values.squeeze(0) if is_one else values
+
+        return values_of
 
     def _values(self, embeddings: Tensor, coalitions: Tensor, paired: bool, empty: Tensor) -> Tensor:
         """v(S): (B, ...), (B, M, N) -> (B, M, K). With `paired`, coalition 2 j + 1 is the complement of 2 j."""
@@ -746,6 +797,11 @@ def _tie(model: nn.Module, name: str, options: dict[str, Any]) -> None:
             f"{weight.shape[1]} features cannot express: train its attribution head anew, from the plain one."
         )
     head.get_parameter("correction.weight").data.copy_(torch.linalg.pinv(weight) @ untied)
+
+
+def attribution_maps(attributions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Attributions on the grid of players, a view of them: (B, N, K) -> (B, K, h, w), N = h w."""
+    return attributions.transpose(1, 2).unflatten(-1, grid)
 
 
 def upsample_attributions(maps: Tensor, size: tuple[int, int]) -> Tensor:
