@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from ..data.dataset_images import fetched, file_sha256, fingerprint, read_pictures, stored_mode, undecoded
 from ..files import DRAFT, whole_file
-from ..models.checks import check_count, describe
+from ..models.checks import check_count, check_shapley_model, describe
 from ..models.images import load_image
 from ..models.modeling_shapley import _evaluating
 from ..models.pipeline_shapley import label_scores, pixel_values_of
@@ -466,7 +466,6 @@ def _explain(model: PreTrainedModel, batch: _Batch, pixel_values: Tensor, attrib
     predicted = logits.argmax(dim=-1)
     scores = label_scores(logits, model.config).gather(1, predicted.unsqueeze(1)).squeeze(1)
     label_ids = torch.arange(logits.shape[1]).expand_as(logits) if attributed is None else output.attributed_labels
-    maps = output.attributions.transpose(1, 2).unflatten(-1, model.grid_size(*pixel_values.shape[-2:]))  # (B, L, h, w)
     return pa.table(
         {
             "row": pa.array(batch.rows, pa.int64()),
@@ -475,7 +474,7 @@ def _explain(model: PreTrainedModel, batch: _Batch, pixel_values: Tensor, attrib
             "score": _nested(scores),
             "logits": _nested(logits),
             "label_ids": _nested(label_ids.int()),
-            "attributions": _nested(maps),
+            "attributions": _nested(output.maps),
         }
     )
 
@@ -512,8 +511,7 @@ def _attributed_labels(model: PreTrainedModel, labels: Any) -> int | Tensor | No
 
 
 def _check_inputs(model: Any, dataset: Any, column: str) -> None:
-    if not hasattr(model, "coalition_values"):
-        raise TypeError(f"`model` must be a Shapley image classifier, got {type(model).__name__}.")
+    check_shapley_model(model)
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
             f"`dataset` must be a datasets.Dataset or IterableDataset, got {describe(dataset)}: choose a split."

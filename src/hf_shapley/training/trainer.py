@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput,
 from ..data.labels import check_labels_of_checkpoint
 from ..data.picture_rows import named_pictures
 from ..faithfulness.certificate import attribution_error_certificate
-from ..models.checks import check_count, check_number
+from ..models.checks import check_count, check_number, check_shapley_model
 from ..models.coalitions import COALITION_SIZES, coalitions_to_ids, importance_weights, sample_coalitions
 from ..models.heads import is_own_part, scale_gradient, weight_of
 from ..models.modeling_shapley import ShapleyImageClassifierOutput
@@ -169,11 +169,8 @@ class ShapleyTrainer(Trainer):
         args = args or ShapleyTrainingArguments()
         if not isinstance(args, ShapleyTrainingArguments):
             raise TypeError(f"`args` must be ShapleyTrainingArguments, got {type(args).__name__}.")
-        if model is not None and not hasattr(model, "coalition_values"):
-            raise TypeError(
-                f"`model` must be a Shapley image classifier, got {type(model).__name__}: load the checkpoint with "
-                "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification."
-            )
+        if model is not None:
+            check_shapley_model(model)
         # Steps without coalitions leave adapters out; the accelerator asks before `model_init` says if there are any.
         if args.shapley_every > 1 and (model is None or getattr(model.config, "coalition_adapter_size", 0)):
             args.ddp_find_unused_parameters = True
@@ -600,8 +597,7 @@ class ShapleyTrainer(Trainer):
 
 def _values_of(model, pixels: Tensor, label: Tensor, options: dict[str, Any], coalitions: Tensor) -> Tensor:
     """The game of one image (C, H, W) and label (1), on the CPU: (M, N) -> (M, 1)."""
-    values = model.coalition_values(pixels.unsqueeze(0), coalitions.unsqueeze(0).to(pixels.device), **options)
-    return values[0, :, label].cpu()
+    return model.game(pixels, label, **options)(coalitions).cpu()
 
 
 def _share(fraction: float, count: int) -> int:
