@@ -45,7 +45,7 @@ INTERNAL_MODULES = {
 }
 INTERNAL = {
     "models/modeling_shapley": {"ShapleyImageClassifierMixin"},
-    "models/explaining": {"ExplainingMixin"},
+    "models/explaining": {"ExplainingMixin", "attribution_maps"},
     "models/heads": {
         "CoalitionAdapter",
         "NarrowConvolution",

@@ -76,6 +76,7 @@ class ShapleyConfigMixin:
         "coalition_gains",
         "coalition_attributions",
         "readout_errors",
+        "maps",
         "hidden_states",
         "attentions",
     ]

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .backbone import Read
 from .coalitions import ids_to_coalitions
 from .evaluation_mode import evaluating
-from .explaining import ExplainingMixin
+from .explaining import ExplainingMixin, attribution_maps
 from .heads import at_least_float32, linear_of, mapped, share_evenly, weight_of
 from .inputs import (
     check_coalition_ids,
@@ -46,6 +46,7 @@ class ShapleyImageClassifierOutput(ModelOutput):
         coalition_attributions: (B', R, G, K), float32: attributions summed over each coalition; with `sums_only`.
         readout_errors: (B', R, G, D), float32: what the readout of each coalition gains over the empty one's, less the
             sum of the readout's attributions over it; the gradient is the attribution head's alone; with `sums_only`.
+        maps: (B, K, h, w): the attributions on the grid of patches, a view of them. Of L labels with `attributed`.
         hidden_states: the backbone's, when asked for.
         attentions: the backbone's, when asked for (ViT).
     """
@@ -59,6 +60,7 @@ class ShapleyImageClassifierOutput(ModelOutput):
     coalition_gains: Tensor | None = None
     coalition_attributions: Tensor | None = None
     readout_errors: Tensor | None = None
+    maps: Tensor | None = None  # a field: accelerate builds outputs anew and would drop a grid that is no tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -178,7 +180,7 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
             attributed = logits.topk(attributed).indices
         gains = self.attribution_head.flowing(logits - base_values)
         found = _Reading(read.cells, read.voting, readout - empty, gains, empty, base_values, grid)
-        fields = {} if sums_only else {"attributions": self._attributions(found, attributed)}
+        fields = {} if sums_only else self._explained(found, attributed)
         if played is not None:
             fields |= self._played_fields(found, played, members, sums_only, num_with_gradient)
         return ShapleyImageClassifierOutput(
@@ -215,6 +217,11 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         with torch.no_grad():
             constant = self._played(embeddings[others], grid, members[others])
         return torch.cat([self._played(embeddings[first], grid, members[first]), constant])
+
+    def _explained(self, read: _Reading, labels: Tensor | None) -> dict[str, Tensor]:
+        """The output's fields that hold the attributions of every label, or of each image's own labels (B, L)."""
+        attributions = self._attributions(read, labels)
+        return {"attributions": attributions, "maps": attribution_maps(attributions, read.grid)}
 
     def _attributions(self, read: _Reading, labels: Tensor | None) -> Tensor:
         """Attributions of every label, (B, N, K), or of each image's own labels (B, L), (B, N, L)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
-from .checks import known_labels
+from .checks import check_shapley_model, known_labels
 from .images import is_array, load_image
 from .overlay import check_enlargement, overlay, processor_geometry, symmetric_scale
 from .posterior import MOST_PAIRS, verdict
@@ -167,11 +167,7 @@ class ShapleyImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if not hasattr(self.model, "coalition_values"):
-            raise ValueError(
-                f"`model` must be a Shapley image classifier, got {type(self.model).__name__}: load the checkpoint "
-                "with ShapleyViTForImageClassification or ShapleyConvNextForImageClassification and train it."
-            )
+        check_shapley_model(self.model)
         if self.image_processor is None:
             raise ValueError("`image_processor` must be given: AutoImageProcessor.from_pretrained(checkpoint).")
 
@@ -285,12 +281,10 @@ class ShapleyImageClassificationPipeline(Pipeline):
         What is `asked` of the game beside it comes picture by picture: errors (B, L), if a check is among that.
         """
         pixel_values = inputs["pixel_values"]
-        grid = self.model.grid_size(*pixel_values.shape[-2:])
         best = min(5 if top_k is None else top_k, self.model.config.num_labels)
         outputs = self.model(pixel_values, attributed=best if label_ids is None else label_ids)
         self.model._check_answers(outputs)
-        maps = outputs.attributions.transpose(1, 2).unflatten(-1, grid)
-        maps, errors = asked_of_the_game(self.model, pixel_values, maps, outputs.attributed_labels, **asked)
+        maps, errors = asked_of_the_game(self.model, pixel_values, outputs.maps, outputs.attributed_labels, **asked)
         results = {
             "logits": outputs.logits,
             "label_ids": outputs.attributed_labels,

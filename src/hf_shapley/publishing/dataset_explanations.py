@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..models.checks import check_count, describe
+from ..models.checks import check_count, check_shapley_model, describe
 from ..models.evaluation_mode import evaluating
 from ..models.pipeline_shapley import label_scores
 from .explanation_files import Writer, read_manifest
@@ -177,7 +177,6 @@ def _explain(model: PreTrainedModel, batch: Batch, pixel_values: Tensor, attribu
     predicted = logits.argmax(dim=-1)
     scores = label_scores(logits, model.config).gather(1, predicted.unsqueeze(1)).squeeze(1)
     label_ids = torch.arange(logits.shape[1]).expand_as(logits) if attributed is None else output.attributed_labels
-    maps = output.attributions.transpose(1, 2).unflatten(-1, model.grid_size(*pixel_values.shape[-2:]))  # (B, L, h, w)
     return pa.table(
         {
             "row": pa.array(batch.rows, pa.int64()),
@@ -186,7 +185,7 @@ def _explain(model: PreTrainedModel, batch: Batch, pixel_values: Tensor, attribu
             "score": _nested(scores),
             "logits": _nested(logits),
             "label_ids": _nested(label_ids.int()),
-            "attributions": _nested(maps),
+            "attributions": _nested(output.maps),
         }
     )
 
@@ -223,8 +222,7 @@ def _attributed_labels(model: PreTrainedModel, labels: Any) -> int | Tensor | No
 
 
 def _check_inputs(model: Any, dataset: Any, column: str) -> None:
-    if not hasattr(model, "coalition_values"):
-        raise TypeError(f"`model` must be a Shapley image classifier, got {type(model).__name__}.")
+    check_shapley_model(model)
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
             f"`dataset` must be a datasets.Dataset or IterableDataset, got {describe(dataset)}: choose a split."

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
 from ..files import whole_file
+from ..models.checks import check_shapley_model
 from ..models.loading import UNTRAINED
 from .card_data import ShapleyModelCard, ShapleyModelCardData, reading_metadata
 from .card_results import merge_results
@@ -62,8 +63,7 @@ def push_to_hub(
         ValueError: `results` is malformed. The Hub has not heard of anything.
         TypeError: the model is no Shapley image classifier.
     """
-    if not hasattr(model, "coalition_values"):
-        raise TypeError(f"`model` must be a Shapley image classifier, got {type(model).__name__}.")
+    check_shapley_model(model)
 
     def save(folder: str) -> None:
         model.save_pretrained(folder)
