@@ -69,4 +69,4 @@ def register() -> None:
     )
     # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
     for published in (*(family.model for family in FAMILIES.values()), ShapleyImageClassificationPipeline):
-        published.push_to_hub = push_with_card
+        published.push_to_hub = push_with_card  # type: ignore[attr-defined]

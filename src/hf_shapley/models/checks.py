@@ -145,7 +145,7 @@ def check_shapley_model(model: Any, name: str = "`model`") -> None:
     if not hasattr(model, "coalition_values"):
         raise TypeError(
             f"{name} must be a Shapley image classifier, got {type(model).__name__}, which does not explain itself: "
-            "load the checkpoint with ShapleyViTForImageClassification or ShapleyConvNextForImageClassification and "
+            "load the checkpoint with AutoShapleyForImageClassification and "
             "train it with ShapleyTrainer."
         )
 

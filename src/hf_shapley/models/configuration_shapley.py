@@ -2,9 +2,9 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ConvNextConfig, PreTrainedConfig, ViTConfig
@@ -16,6 +16,10 @@ from .checks import check_count, check_number, describe
 
 INFLUENCE_BLOCKS = ("mlp", "convolution", "backbone")
 VOTE_READOUTS = ("pooled", "patches")
+# Of a config.json: an option's sizes; and how many weights each option calls for, numbers and widths of the layers,
+# ending with the last, and the weights of that one.
+Sizes = Callable[[str], list[int]]
+Fewest = tuple[dict[str, int], list[tuple[int, int]], int]
 FORMER_OPTIONS = ("attribution_head", "vote_layers", "vote_gradient", "influence_gradient", "coalition_gradient")
 SIZES = (
     "hidden_size",
@@ -33,9 +37,14 @@ MOST_UNNAMED_LABELS = 1_000_000
 """Each would get a name of its own, in memory."""
 RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as Config
+else:
+    Config = object  # the options join those of the stock configuration that a class inherits from besides
+
 
 @dataclass(repr=False)
-class ShapleyConfigMixin:
+class ShapleyConfigMixin(Config):
     """Options shared by both backbones.
 
     Args:
@@ -81,8 +90,10 @@ class ShapleyConfigMixin:
         "attentions",
     ]
     plain_model_type: ClassVar[str]
+    if TYPE_CHECKING:
+        label2id: dict[str, int] | None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             # The library registers its own pipeline: a repository's copy of it, and trust in that, is not needed.
             kwargs.pop("custom_pipelines", None)
@@ -103,7 +114,7 @@ class ShapleyConfigMixin:
         self._check_labels()
         self.check_head()
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         try:
             super().__setattr__(name, value)
         except StrictDataclassError as error:
@@ -170,10 +181,19 @@ class ShapleyConfigMixin:
             self.influence_own_layers = self.influence_own_layers or 0
         return kwargs
 
+    def _last_layers(self) -> int:
+        """How many layers there are for the influence head to copy."""
+        raise NotImplementedError
+
+    @classmethod
+    def _fewest_of_backbone(cls, sizes: Sizes) -> Fewest:
+        """As `_fewest_weights`, of the backbone alone."""
+        raise NotImplementedError
+
     @property
     def has_influence_head(self) -> bool:
         """Whether a head corrects what patches vote."""
-        return self.influence_own_layers + self.influence_layers > 0
+        return bool(self.influence_own_layers or self.influence_layers)
 
     def check_head(self) -> None:
         """Refuse unknown options of the attribution head; models ask again, as options can be set after creation."""
@@ -187,7 +207,7 @@ class ShapleyConfigMixin:
                 '`vote_readout="pooled"` gives all patches the same vote: set `influence_layers` or '
                 "`influence_own_layers` above 0."
             )
-        if self.influence_own_layers > self._last_layers():
+        if (self.influence_own_layers or 0) > self._last_layers():
             raise ValueError(
                 f"`influence_own_layers` must be at most {self._last_layers()}, the layers there are to copy, "
                 f"got {self.influence_own_layers}."
@@ -239,12 +259,14 @@ class ShapleyConfigMixin:
         )
         block = {"mlp": 8 * hidden**2, "convolution": 49 * hidden, "backbone": layer}
         if stored.get("attribution_head") != "votes":  # which version 0.1.0 stored beside layers that there were not
-            needed["influence_layers"] = sizes("influence_layers")[0] * block.get(stored.get("influence_block"), 0)
+            needed["influence_layers"] = sizes("influence_layers")[0] * block.get(
+                str(stored.get("influence_block")), 0
+            )
             needed["influence_own_layers"] = sizes("influence_own_layers")[0] * layer
         return needed
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Read a config, taking plain checkpoints of the same backbone as our own and refusing other architectures."""
         try:
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -261,7 +283,7 @@ class ShapleyConfigMixin:
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
         """As the stock one, which sets what is given beside the entries after they were checked."""
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made)._check_labels()
@@ -311,8 +333,7 @@ class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
         return self.num_hidden_layers
 
     @classmethod
-    def _fewest_of_backbone(cls, sizes):
-        """As `_fewest_weights`; numbers and widths of the layers, ending with the last; the weights of that one."""
+    def _fewest_of_backbone(cls, sizes: Sizes) -> Fewest:
         layers, hidden = sizes("num_hidden_layers")[0], sizes("hidden_size")[0]
         image, patch = sizes("image_size"), sizes("patch_size")
         layer = 4 * hidden**2 + 2 * hidden * sizes("intermediate_size")[0]
@@ -335,8 +356,7 @@ class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
         return self.depths[-1]
 
     @classmethod
-    def _fewest_of_backbone(cls, sizes):
-        """As `_fewest_weights`; numbers and widths of the layers, ending with the last; the weights of that one."""
+    def _fewest_of_backbone(cls, sizes: Sizes) -> Fewest:
         hidden, patch = sizes("hidden_sizes"), sizes("patch_size")
         widths = list(zip(sizes("depths"), hidden, strict=False))
         needed = {

@@ -56,7 +56,7 @@ class ExplainingMixin(InputChecks):
             asked = self._ask(pixel_values, attributions, labels, evaluations, interpolate_pos_encoding, generator)
             attributions = torch.stack([found.values for found in asked]).to(attributions)
         maps = attribution_maps(attributions, grid)  # (B, K or L, h, w)
-        return upsample_attributions(maps, tuple(pixel_values.shape[-2:])) if upsample else maps
+        return upsample_attributions(maps, (pixel_values.shape[-2], pixel_values.shape[-1])) if upsample else maps
 
     @torch.no_grad()
     def check_explanation(

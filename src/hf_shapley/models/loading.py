@@ -36,13 +36,13 @@ class LoadingMixin(Backbone):
     _is_untrained: bool | None = None
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint of ours or a plain one of the same backbone, as `PreTrainedModel.from_pretrained` does.
 
         Weights are read from safetensors, never unpickled, unless `use_safetensors=False` asks for it. A plain

@@ -157,14 +157,15 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         """
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
         labels = None if labels is None else self._check_targets(labels, pixel_values)
-        played, recorded = None, {}
+        played: Tensor | None = None
+        recorded: dict[str, Any] = {}
         if coalition_ids is None:
             check_no_sums(sums_only)
-            if attributed is not None:
-                attributed = self._labels_to_attribute(attributed, len(pixel_values))
+            chosen = None if attributed is None else self._labels_to_attribute(attributed, len(pixel_values))
             read, recorded = self._read_images(pixel_values, interpolate_pos_encoding, grid, kwargs)
         else:
             check_ordinary_options({**kwargs, "attributed": attributed})
+            chosen = None
             num_coalitions = check_coalition_ids(coalition_ids, num_coalitions, pixel_values, grid)
             num_with_gradient = check_num_with_gradient(num_with_gradient, len(coalition_ids))
             embeddings = self.embed(pixel_values, bool(interpolate_pos_encoding))
@@ -176,18 +177,18 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         everyone = read.voting.new_ones(read.voting.shape[0], 1, grid[0] * grid[1], dtype=torch.bool)
         readout = self.attribution_head.readouts(read.voting, everyone, empty).squeeze(1)  # (B, D)
         logits = mapped(self.classifier, readout)  # (B, K)
-        if isinstance(attributed, int):
-            attributed = logits.topk(attributed).indices
+        if isinstance(chosen, int):
+            chosen = logits.topk(chosen).indices
         gains = self.attribution_head.flowing(logits - base_values)
         found = _Reading(read.cells, read.voting, readout - empty, gains, empty, base_values, grid)
-        fields = {} if sums_only else self._explained(found, attributed)
+        fields: dict[str, Any] = {} if sums_only else self._explained(found, chosen)
         if played is not None:
             fields |= self._played_fields(found, played, members, sums_only, num_with_gradient)
         return ShapleyImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,
             base_values=base_values,
-            attributed_labels=attributed,
+            attributed_labels=chosen,
             **fields,
             **recorded,
         )
@@ -238,7 +239,7 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         return weight_of(self.classifier, self.attribution_head.readout_size, like)
 
     def _played_fields(
-        self, read: _Reading, played: Tensor, members: Tensor, sums_only: bool, num_with_gradient: int
+        self, read: _Reading, played: Tensor, members: Tensor, sums_only: bool, num_with_gradient: int | None
     ) -> dict[str, Tensor]:
         """The output's fields that hold something for the coalitions bool (B', R, G, N), from what votes in them."""
         readouts = self.attribution_head.readouts(played, members, read.empty)  # (B', R, G, D)
@@ -273,6 +274,6 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         return attributions, deviations + shares * read.readout_gains[:batch, None, None].detach()
 
 
-def _detached_beyond(tensor: Tensor, count: int) -> Tensor:
+def _detached_beyond(tensor: Tensor, count: int | None) -> Tensor:
     """The same, with gradient for the first `count` rows only."""
-    return tensor if count == len(tensor) else torch.cat([tensor[:count], tensor[count:].detach()])
+    return tensor if count is None or count == len(tensor) else torch.cat([tensor[:count], tensor[count:].detach()])

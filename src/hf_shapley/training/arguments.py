@@ -1,6 +1,7 @@
 """What training is asked for beyond `TrainingArguments`."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
@@ -62,7 +63,11 @@ class ShapleyTrainingArguments(TrainingArguments):
         },
     )
 
-    def __post_init__(self):
+    if TYPE_CHECKING:
+        ddp_find_unused_parameters: bool | None
+        greater_is_better: bool | None
+
+    def __post_init__(self) -> None:
         self._prepare_to_measure()
         super().__post_init__()
         for name in ("shapley_warmup", "value_gradient"):
