@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ConvNextConfig, PreTrainedConfig, ViTConfig
 from transformers.activations import ACT2FN
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checks import check_count, check_number, describe
+from .stored_checkpoint import stored_bytes, stored_config
 
 INFLUENCE_BLOCKS = ("mlp", "convolution", "backbone")
 VOTE_READOUTS = ("pooled", "patches")
@@ -90,8 +90,6 @@ class ShapleyConfigMixin(Config):
         "attentions",
     ]
     plain_model_type: ClassVar[str]
-    if TYPE_CHECKING:
-        label2id: dict[str, int] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
@@ -157,16 +155,17 @@ class ShapleyConfigMixin(Config):
         if not self.id2label:
             raise ValueError("`id2label` must name at least one label, got none: set `num_labels` or `id2label`.")
         # Whoever names the labels by `id2label` alone leaves transformers' own names in the reverse map.
-        unnamed = {f"LABEL_{index}": index for index in range(len(self.label2id or {}))}
-        if not self.label2id or self.label2id == unnamed:
-            self.label2id = {label: index for index, label in self.id2label.items()}
-        for label, index in self.label2id.items():
+        given: Any = self
+        unnamed = {f"LABEL_{index}": index for index in range(len(given.label2id or {}))}
+        if not given.label2id or given.label2id == unnamed:
+            given.label2id = {label: index for index, label in self.id2label.items()}
+        for label, index in given.label2id.items():
             if not str(index).isdecimal() or self.id2label.get(int(index)) != label:
                 raise ValueError(
                     f"`label2id` says {label!r} is {index!r}, `id2label` says {self.id2label.get(index)!r}: give "
                     "`id2label` alone."
                 )
-        self.label2id = {label: int(index) for label, index in self.label2id.items()}
+        given.label2id = {label: int(index) for label, index in given.label2id.items()}
 
     def _of_former_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take options of a head as version 0.1.0 stored them; return the others."""
@@ -227,9 +226,9 @@ class ShapleyConfigMixin(Config):
         Raises:
             OSError: the checkpoint is not to be believed.
         """
-        stored = _stored_config(name, options)
+        stored = stored_config(name, options)
         is_ours = stored.get("model_type") in (cls.model_type, cls.plain_model_type)  # others will be refused anyway
-        length = _stored_bytes(name, options) if is_ours else None
+        length = stored_bytes(name, options) if is_ours else None
         if length is None:
             return
         needed = cls._fewest_weights(stored)
@@ -364,40 +363,6 @@ class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
             "patch_size": sizes("num_channels")[0] * patch[0] * patch[-1] * hidden[0],
         }
         return needed, widths, 8 * widths[-1][1] ** 2
-
-
-def _stored_config(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's own config.json says, whatever the caller puts in its place; empty if there is none."""
-    try:
-        stored = PreTrainedConfig.get_config_dict(name, **_place(options))[0]
-    except (OSError, ValueError, TypeError, AttributeError):  # what is wrong with it, loading itself will say
-        return {}
-    return stored if isinstance(stored, dict) else {}
-
-
-def _stored_bytes(name: str | os.PathLike, options: Mapping[str, Any]) -> int | None:
-    """Length of a checkpoint's weight files, which are downloaded if need be; None if there are none."""
-    if options.get("state_dict") is not None or options.get("gguf_file") is not None:
-        return None
-    variant = f".{options['variant']}" if options.get("variant") else ""
-    whole, index = f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"
-    if options.get("use_safetensors") is False:
-        whole, index = f"pytorch_model{variant}.bin", f"pytorch_model.bin.index{variant}.json"
-    place = _place(options)
-    silent = {
-        f"_raise_exceptions_for_{error}": False for error in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    if path := cached_file(name, whole, **place, **silent):
-        return os.path.getsize(path)
-    if path := cached_file(name, index, **place, **silent):
-        return sum(os.path.getsize(shard) for shard in get_checkpoint_shard_files(name, path, **place)[0])
-    return None
-
-
-def _place(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `from_pretrained` was given, that which says where the files are."""
-    names = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
-    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 ShapleyViTConfig.register_for_auto_class()
