@@ -26,8 +26,8 @@ from hf_shapley import (
     load_explanations,
     refinement_recipe,
     train_digits_model,
-    training_job,
 )
+from hf_shapley.jobs import training_job
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL_TRAINING = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1"]

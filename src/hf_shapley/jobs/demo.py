@@ -315,7 +315,8 @@ def _write(output: Path, model: PreTrainedModel, processor, test, pixels: Tensor
     figure.savefig(picture, format="png", dpi=110)
     with whole_file(output / "attributions.png") as draft:
         draft.write_bytes(picture.getvalue())
-    template = Environment(loader=PackageLoader("hf_shapley"), autoescape=True).get_template("demo_report.html")
+    templates = Environment(loader=PackageLoader("hf_shapley.publishing"), autoescape=True)
+    template = templates.get_template("demo_report.html")
     with whole_file(output / "report.html") as draft:
         draft.write_text(template.render(results=results, picture=base64.b64encode(picture.getvalue()).decode()))
 
