@@ -12,7 +12,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
-from .backbones import FAMILIES, AutoShapleyForImageClassification
+from .backbones import AutoShapleyForImageClassification
 from .faithfulness.agreement import Agreement, attribution_correlation, error_ratio
 from .faithfulness.axioms import efficiency_gap, leak
 from .faithfulness.certificate import AttributionCertificate, attribution_error_certificate
@@ -188,6 +188,7 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     """Make the Auto classes and pipelines of transformers know our models, and our models know our cards."""
+    from .backbones import FAMILIES
     from .loading import ModelForPipeline
     from .publishing.hub import push_with_card
 
