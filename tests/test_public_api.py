@@ -84,7 +84,7 @@ INTERNAL = {
     "publishing/card_data": {"reading_metadata"},
     "publishing/model_card": {"is_generated", "results_of_card"},
     "models/modeling_shapley_convnext": {
-        "DepthwiseConv2d",
+        "CellRule",
         "InfluenceConvNextLayer",
         "ShapleyConvNextLayer",
         "ShapleyConvNextModel",
@@ -104,8 +104,7 @@ INTERNAL = {
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
 
 
-# By their names without the folder, of which the lists above need none.
-SOURCES = {folder_and_name(module)[1]: source for module, source in MODULES.items() if "/__init__" not in module}
+SOURCES = {module: source for module, source in MODULES.items() if not module.endswith("__init__")}
 
 
 def definitions(source):

@@ -200,7 +200,7 @@ SIZES = {
     "vit": ["num_hidden_layers", "hidden_size", "intermediate_size", "image_size", "patch_size", "num_channels"],
     "convnext": ["depths", "hidden_sizes", "patch_size", "num_channels"],
 }
-OWN_SIZES = ["vote_layers", "influence_layers", "influence_own_layers", "coalition_adapter_size", "num_labels"]
+OWN_SIZES = ["influence_layers", "influence_own_layers", "coalition_adapter_size", "num_labels"]
 
 
 @pytest.mark.parametrize("auto", [False, True])

@@ -139,17 +139,16 @@ class LoadingMixin(Backbone):
             adapters: freeze the coalition adapters as well.
 
         Raises:
-            ValueError: with `attribution_head="votes"`, where attributions are what the classifier makes of patches.
+            ValueError: without an influence head, where attributions are what the classifier makes of patches.
         """
         if self.attribution_head.correction is None:
             raise ValueError(
-                "A frozen classifier needs `attribution_head='votes+influence'`, got 'votes': its attributions are "
-                "the classifier's own and could not learn either. Load the checkpoint with that option."
+                "A frozen classifier needs an influence head, got none: its attributions are the classifier's own and "
+                "could not learn either. Load the checkpoint with `influence_layers` or `influence_own_layers` above 0."
             )
         self.requires_grad_(False)
         self.coalition_adapters.requires_grad_(not adapters)
-        for name, part in self.attribution_head.named_children():
-            part.requires_grad_(name != "vote_blocks")
+        self.attribution_head.requires_grad_(True)
 
     @property
     def attributions_trained(self) -> bool:
