@@ -16,6 +16,7 @@ INTERNAL_MODULES = {
     "models/inputs",
     "models/loading",
     "models/speed",
+    "models/stored_checkpoint",
     "models/token_backbone",
     "training/joint_loss",
     "training/sharing",
