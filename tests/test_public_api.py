@@ -58,7 +58,7 @@ INTERNAL = {
     },
     "training/checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
     "models/coalitions": {"check_coalitions", "sum_over_coalitions", "with_complements"},
-    "models/configuration_shapley": {"ShapleyConfigMixin"},
+    "models/configuration_shapley": {"ShapleyConfigMixin", "TokenConfigMixin"},
     "models/posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
     "training/trainer": {"collate"},
     "training/digits": {"trainable"},
@@ -91,6 +91,7 @@ INTERNAL = {
         "ShapleyConvNextLayer",
         "ShapleyConvNextModel",
     },
+    "models/modeling_shapley_deit": {"InfluenceDeiTLayer", "ShapleyDeiTLayer", "ShapleyDeiTMLP", "ShapleyDeiTModel"},
     "models/modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
     "models/pipeline_shapley": {
         "asked_of_the_game",

@@ -51,6 +51,7 @@ from .models.heads import AttributionHead
 from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
@@ -106,6 +107,8 @@ __all__ = [
     "RankingCurves",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
+    "ShapleyDeiTConfig",
+    "ShapleyDeiTForImageClassification",
     "ShapleyEstimate",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",

@@ -10,6 +10,9 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessorPil,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -19,6 +22,7 @@ from transformers import (
 
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 
 
@@ -75,6 +79,14 @@ FAMILIES: dict[str, Family] = {
         ConvNextForImageClassification,
         ConvNextImageProcessorPil,
         _small_cells,
+    ),
+    "deit": Family(
+        ShapleyDeiTConfig,
+        ShapleyDeiTForImageClassification,
+        DeiTConfig,
+        DeiTForImageClassification,
+        DeiTImageProcessorPil,
+        _small_tokens,
     ),
 }
 """By the model type of the plain checkpoint."""
