@@ -46,6 +46,23 @@ def rest_of_distilled_deit(stock, tokens):
     return (stock.cls_classifier(tokens[:, 0]) + stock.distillation_classifier(tokens[:, 1])) / 2
 
 
+def rest_of_dinov2(stock, tokens):
+    for layer in stock.base_model.encoder.layer:
+        tokens = layer(tokens)
+    tokens = stock.base_model.layernorm(tokens)
+    cells = tokens[:, 1 + getattr(stock.config, "num_register_tokens", 0) :]
+    mean = cells.mean(1) if cells.shape[1] else torch.zeros_like(tokens[:, 0])
+    return stock.classifier(torch.cat([tokens[:, 0], mean], dim=1))
+
+
+def rest_of_ijepa(stock, tokens):
+    if not tokens.shape[1]:
+        return stock.classifier(torch.zeros(1, 32))  # the mean of nothing
+    for layer in stock.ijepa.layers:
+        tokens = layer(tokens)
+    return stock.classifier(stock.ijepa.layernorm(tokens).mean(1))
+
+
 @dataclass(frozen=True)
 class Case:
     """A stock classifier, and what of it is known from outside this package.
@@ -79,6 +96,24 @@ CASES = {
     "deit, distilled": Case(
         "deit", 2, rest_of_distilled_deit, {"distilled": True}, DeiTForImageClassificationWithTeacher
     ),
+    "vit_msn": Case("vit_msn", 1, rest_of_vit),
+    "ijepa": Case("ijepa", 0, rest_of_ijepa),
+    "dinov2": Case("dinov2", 1, rest_of_dinov2, without_part="mask_token", non_square=False),
+    "dinov2, gated": Case(
+        "dinov2",
+        1,
+        rest_of_dinov2,
+        {"use_swiglu_ffn": True, "use_mask_token": False},
+        non_square=False,
+    ),
+    "dinov2_with_registers": Case(
+        "dinov2_with_registers",
+        4,
+        rest_of_dinov2,
+        {"num_register_tokens": 3},
+        without_part="mask_token",
+        non_square=False,
+    ),
 }
 
 
@@ -90,29 +125,29 @@ def altered(model):
     return model.eval()
 
 
-def sizes_of(case: Case, image_size: int | tuple[int, int] = 12) -> dict[str, Any]:
-    return {**FAMILIES[case.family].small(32, 2, image_size, 4), "num_labels": 5, **case.options}
+def sizes_of(case: Case, image_size: int | tuple[int, int] = 12, **options: Any) -> dict[str, Any]:
+    return {**FAMILIES[case.family].small(32, 2, image_size, 4), "num_labels": 5, **case.options, **options}
 
 
-def make_stock(case: Case, **options):
+def make_stock(case: Case):
     torch.manual_seed(0)
-    config = FAMILIES[case.family].plain_config(**{**sizes_of(case), **options})
+    config = FAMILIES[case.family].plain_config(**sizes_of(case))
     config.architectures = [case.plain_model.__name__]
     return altered(case.plain_model(config))
 
 
-def make_ours(case: Case, head: str = "recommended", image_size: int | tuple[int, int] = 12):
+def make_ours(case: Case, head: str = "recommended", **options):
     torch.manual_seed(0)
     family = FAMILIES[case.family]
-    return altered(family.model(family.config(**sizes_of(case, image_size), **HEADS[head])))
+    return altered(family.model(family.config(**sizes_of(case, **options), **HEADS[head])))
 
 
 @cache
-def pair(name: str, head: str = "recommended", image_size: int | tuple[int, int] = 12):
+def pair(name: str, head: str = "recommended", **options):
     """Ours, and the stock model of the same weights under the same names; to be left as they are."""
     case = CASES[name]
-    ours = make_ours(case, head, image_size)
-    stock = case.plain_model(FAMILIES[case.family].plain_config(**sizes_of(case, image_size)))
+    ours = make_ours(case, head, **options)
+    stock = case.plain_model(FAMILIES[case.family].plain_config(**sizes_of(case, **options)))
     names = stock.state_dict().keys()
     stock.load_state_dict({name: weight for name, weight in ours.state_dict().items() if name in names})
     return ours, stock.eval()
@@ -166,6 +201,15 @@ def test_recorded_states_are_the_stock_models(name):
     assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found.logits, ours(pixels()).logits, atol=1e-6, rtol=1e-5)
+
+
+def test_a_plain_configuration_is_taken_as_ours(case):
+    """With every entry of it, and the labels' names."""
+    config = make_stock(case).config
+    ours = FAMILIES[case.family].model(config).config
+    entries, kept = config.to_dict(), ours.to_dict()
+    different = {name for name in entries if entries[name] != kept.get(name)}
+    assert different <= {"model_type", "architectures", "transformers_version"}
 
 
 # The structured forward
@@ -234,8 +278,7 @@ def test_exact_values_are_those_of_dropped_tokens(name, case):
 
     def stock_game(coalitions):
         kept = [torch.cat([prefix, cells[:, members]], dim=1) for members in coalitions]
-        alone = [case.rest(stock, each) if each.shape[1] else ours.base_values[None] for each in kept]
-        return torch.cat(alone).double()
+        return torch.cat([case.rest(stock, each) for each in kept]).double()
 
     def our_game(coalitions):
         return ours.coalition_values(pixels(1), coalitions[None])[0].double()
@@ -243,6 +286,22 @@ def test_exact_values_are_those_of_dropped_tokens(name, case):
     expected = exact_shapley(stock_game, num_players=PLAYERS)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(exact_shapley(our_game, num_players=PLAYERS), expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_dropped_paths_are_the_stock_models(name):
+    """In training, layers drop what they add image by image, in the same draws as the stock model."""
+    if not hasattr(pair(name)[0].config, "drop_path_rate"):
+        return
+    ours, stock = pair(name, drop_path_rate=0.5)
+    logits = []
+    for model in (ours, stock):
+        torch.manual_seed(0)
+        logits.append(model.train()(pixels(8)).logits)
+        model.eval()
+    torch.testing.assert_close(*logits, atol=2e-6, rtol=1e-5)
+    kept = stock(pixels(8)).logits
+    assert (logits[1] - kept).abs().max() > 1e-2
 
 
 @torch.no_grad()

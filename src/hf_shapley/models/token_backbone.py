@@ -209,7 +209,9 @@ class TokenBackbone(Backbone):
     ) -> tuple[Tensor, TokenRule | None]:
         head = self.attribution_head
         if members is None:
-            if not (head.pooled and self.reads_prefix):
+            # Layers that drop what they add do so image by image, of which packed rows know nothing.
+            drops = self.training and getattr(self.config, "drop_path_rate", 0) > 0
+            if drops or not (head.pooled and self.reads_prefix):
                 return embeddings, None
             # Prefix tokens enter the layers alike for every image; by themselves they would read all of the weights
             # once more, and those that they are made of may be sharded or offloaded, out of reach here.
