@@ -321,11 +321,9 @@ class ShapleyConfigMixin(Config):
             )
 
 
-class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
-    """Configuration of `ShapleyViTForImageClassification`: `ViTConfig` plus `ShapleyConfigMixin`."""
+class TokenConfigMixin(ShapleyConfigMixin):
+    """`ShapleyConfigMixin` for backbones of tokens."""
 
-    model_type = "shapley-vit"
-    plain_model_type = "vit"
     recommended_head = {"influence_own_layers": 1, "influence_layers": 0, "influence_block": "mlp"}
 
     def _last_layers(self) -> int:
@@ -342,6 +340,13 @@ class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
             "patch_size": sizes("num_channels")[0] * patch[0] * patch[-1] * hidden,
         }
         return needed, [(layers, hidden)], layer
+
+
+class ShapleyViTConfig(TokenConfigMixin, ViTConfig):
+    """Configuration of `ShapleyViTForImageClassification`: `ViTConfig` plus `ShapleyConfigMixin`."""
+
+    model_type = "shapley-vit"
+    plain_model_type = "vit"
 
 
 class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
