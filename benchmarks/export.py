@@ -26,8 +26,7 @@ def in_pytorch(model) -> Explain:
 
     def explain(pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = model(pixel_values)
-        grid = model.grid_size(*pixel_values.shape[-2:])
-        return output.logits, output.attributions.transpose(1, 2).unflatten(-1, grid)
+        return output.logits, output.maps
 
     return explain
 

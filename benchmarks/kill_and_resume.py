@@ -34,7 +34,8 @@ from common import RESULTS, build, write_result
 from transformers import PrinterCallback
 from transformers.utils import logging
 
-from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, checkpoints
+from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
+from hf_shapley.training import checkpoints
 
 STEPS, SAVE_STEPS = 12, 3
 CONFIGURATIONS = {

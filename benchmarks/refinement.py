@@ -127,10 +127,7 @@ def main() -> None:
     for index, image in enumerate(pixels):
         output = model(image[None], attributed=1)
         one_pass.append(output.attributions[0].detach())
-
-        def game(coalitions: Tensor, x=image, label=output.attributed_labels[0]) -> Tensor:
-            return model.coalition_values(x[None], coalitions[None], batch_size=256)[0][:, label]
-
+        game = model.game(image, output.attributed_labels, batch_size=256)
         games.append(game)
         generator = torch.Generator().manual_seed(index)
         exact = permutation_shapley(game, num_players=PLAYERS, budget=options.truth, generator=generator)

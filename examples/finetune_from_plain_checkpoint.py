@@ -17,7 +17,7 @@ variance of those.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -111,12 +111,8 @@ def with_pixels(
 def explanation_error(model: PreTrainedModel, pixels: Tensor, budget: int) -> float:
     """Squared distance of the attributions to the exact Shapley values over the variance of those; estimated."""
     own = model.explain(pixels).flatten(2).transpose(1, 2)  # (images, players, labels)
-
-    def game_of(image: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda coalitions: model.coalition_values(image[None], coalitions[None])[0]
-
+    games = map(model.game, pixels)
     generator = torch.Generator().manual_seed(0)
-    games = (game_of(image) for image in pixels)
     return attribution_error_certificate(games, own, budget=budget, generator=generator).error_ratio
 
 

@@ -69,11 +69,6 @@ def backbone(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["votes", "votes+influence"])
-def attribution_head(request) -> str:
-    return request.param
-
-
 @pytest.fixture(params=["votes", "votes+influence", "pooled", "pooled, own layer, adapters"])
 def model(backbone, request):
     return make_model(backbone, head=request.param)

@@ -23,7 +23,7 @@ from hf_shapley.cli import main
 from hf_shapley.figures import attribution_figures
 from hf_shapley.models import coalitions, images
 from hf_shapley.models import overlay as vis
-from hf_shapley.publishing import interoperability, model_card
+from hf_shapley.publishing import card_texts, interoperability, model_card
 from hf_shapley.training import losses
 
 SOURCE = str(Path(hf_shapley.__file__).parent)
@@ -63,9 +63,9 @@ ATTRIBUTIONS = draw(B, N, K)
 MAPS = draw(B, K, 2, 3)
 PICTURE = Image.new("RGB", (12, 8), (10, 200, 30))
 HEAD = {
-    "head": "votes+influence", "influence_block": "mlp", "vote_layers": 1, "influence_layers": 1,
-    "vote_gradient": 0.5, "influence_gradient": 0.5, "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1},
-    "hidden_act": "gelu", "num_channels": 3, "patch_size": 4, "num_labels": 2,
+    "vote_readout": "patches", "influence_own_layers": 0, "influence_layers": 1, "influence_block": "mlp",
+    "attribution_gradient": True, "coalition_adapter_size": 4, "id2label": {0: "a", 1: "b"},
+    "label2id": {"a": 0, "b": 1}, "hidden_act": "gelu", "num_channels": 3, "patch_size": 4, "num_labels": 2,
 }  # fmt: skip
 
 
@@ -151,11 +151,6 @@ CALLS = {
         losses.coalition_loss,
         {"values": draw(B, M, K), "logits": draw(B, K), "weights": draw(B, M).abs()},
         {"values": "float", "logits": "float", "weights": "float"},
-    ),
-    "coalition_label_loss": Call(
-        losses.coalition_label_loss,
-        {"values": draw(B, M, K), "labels": torch.tensor([0, 2]), "weights": draw(B, M).abs()},
-        {"values": "float any width", "labels": "labels", "weights": "float"},
     ),
     "exact_shapley": Call(
         hf_shapley.exact_shapley,
@@ -314,7 +309,7 @@ CALLS = {
     "load_image": Call(
         images.load_image, {"source": PICTURE, "max_pixels": 1000}, {"source": "picture", "max_pixels": "count"}
     ),
-    "format_number": Call(model_card.format_number, {"value": 0.5}, {"value": "number"}),
+    "format_number": Call(card_texts.format_number, {"value": 0.5}, {"value": "number"}),
     "render_model_card": Call(
         model_card.render_model_card, {"results": {"model_name": "x"}, "model_id": "u/x"}, {"results": "other"}
     ),
@@ -328,8 +323,8 @@ CALLS = {
             config,
             options,
             {
-                "attribution_head": "choice", "influence_block": "choice", "vote_layers": "layers",
-                "influence_layers": "count", "vote_gradient": "share or 0", "influence_gradient": "share or 0",
+                "vote_readout": "choice", "influence_own_layers": "layers", "influence_layers": "layers",
+                "influence_block": "choice", "attribution_gradient": "flag", "coalition_adapter_size": "layers",
                 "id2label": "label map", "label2id": "label map", "hidden_act": "choice", "num_channels": "count",
                 "patch_size": "count", "num_labels": "labels wanted", **kinds,
             },
@@ -352,16 +347,14 @@ CALLS = {
         hf_shapley.ShapleyTrainingArguments,
         {
             "output_dir": "nowhere", "use_cpu": True, "report_to": [], "shapley_weight": 1.0, "coalition_weight": 1.0,
-            "odd_weight": 1.0, "even_weight": 1.0, "shapley_warmup": 0.5, "value_gradient": 0.5,
-            "shapley_fraction": 0.5, "value_gradient_fraction": 0.5, "num_pairs": 1, "shapley_every": 1,
-            "coalition_target": "label",
+            "shapley_warmup": 0.5, "value_gradient": 0.5, "value_gradient_fraction": 0.5, "num_pairs": 1,
+            "attribution_learning_rate": 0.1, "attribution_error_images": 2,
         },
         {
-            **dict.fromkeys(["shapley_weight", "coalition_weight", "odd_weight", "even_weight"], "weight"),
+            **dict.fromkeys(["shapley_weight", "coalition_weight"], "weight"),
             **dict.fromkeys(["shapley_warmup", "value_gradient"], "share or 0"),
-            **dict.fromkeys(["shapley_fraction", "value_gradient_fraction"], "positive share"),
-            "num_pairs": "count", "shapley_every": "count",
-            "coalition_target": "choice",
+            "value_gradient_fraction": "positive share", "num_pairs": "count",
+            "attribution_learning_rate": "scale", "attribution_error_images": "count or 0",
         },
     ),
 }  # fmt: skip
@@ -449,6 +442,7 @@ BAD: dict[str, Callable[[Any], list[Any]]] = {
     "sizes or one": lambda good: [(), (0, 0), (-1, 2), ("a", "b"), (2.5, 2), (1, 2, 3), "ab", 0, -3, 2.5, object()],
     "widths": lambda good: [(), (0, 0), (-1, 2), ("a", "b"), (2.5, 2), (NAN, 1), "ab", 7, object()],
     "layers": lambda good: [*NOT_NUMBERS, -1, 2.5, NAN, INFINITY],
+    "flag": lambda good: ["yes", 2, 0.5, None, [], object()],
     "stages": lambda good: [*NOT_COUNTS, 0, 1, 3],
     "heads": lambda good: [*NOT_COUNTS, 0, 3],
     "labels wanted": lambda good: [],

@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 from torch.nn import functional as F
 
-from hf_shapley import coalitions_to_ids, fine_tuning_recipe, sample_coalitions
+from hf_shapley import coalitions_to_ids, sample_coalitions
 
 # One layer each: what is compiled takes seconds either way, and its depth only repeats it.
 SMALL = {
@@ -58,10 +58,9 @@ def assert_close(found: dict, expected: dict, **tolerance):
         torch.testing.assert_close(found[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("head", ["influence", "recommended"])
+@pytest.mark.parametrize("head", ["votes+influence", "adapted"])
 def test_compiled_without_graph_breaks_it_trains_and_explains_the_same(backbone, head):
-    options = {} if head == "influence" else fine_tuning_recipe(backbone=backbone, game="adapted")[0]
-    model = small_model(backbone, **options).train()
+    model = small_model(backbone, head=head).train()
     # "aot_eager" shares with "inductor" all that can break a graph, and needs no C++ compiler.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     expected = gradients(model, sums_only=True, num_with_gradient=2)
@@ -120,8 +119,8 @@ def test_gradient_checkpointing_leaves_gradients_alone(backbone, sums_only, use_
 
 
 def test_sums_over_coalitions_are_the_sums_of_what_each_player_has(backbone):
-    for head in ("votes", "votes+influence"):
-        model = make_model(backbone, attribution_head=head, vote_layers=1)
+    for head in ("votes", "votes+influence", "adapted"):
+        model = make_model(backbone, head=head)
         players = model(**inputs())
         sums = model(**inputs(), sums_only=True)
         members = torch.stack([inputs()["coalition_ids"] == c for c in range(2)], dim=2).float()  # (B, R, 2, N)

@@ -22,8 +22,12 @@ from PIL import Image as PILImage
 from test_images import png_header
 from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil, pipeline
 
-import hf_shapley.publishing.dataset_explanations as module_under_test
-from hf_shapley.publishing.dataset_explanations import explain_dataset, load_explanations
+from hf_shapley.publishing import dataset_explanations, explanation_files, explanation_resuming, explanation_rows
+from hf_shapley.publishing.dataset_explanations import explain_dataset
+from hf_shapley.publishing.saved_explanations import load_explanations
+
+PARTS = (dataset_explanations, explanation_files, explanation_resuming, explanation_rows)
+UNDER_TEST = {module.__file__ for module in PARTS}
 
 ROWS, OPTIONS = 23, {"batch_size": 3, "shard_size": 7, "show_progress": False}
 
@@ -418,7 +422,7 @@ def test_bad_input_is_refused(error, message, change, tmp_path):
 
 
 def run_and_die(folder: Path, stream: bool, after: int | None) -> None:
-    """In a forked process: explain, and be killed when `after` lines of the module have run."""
+    """In a forked process: explain, and be killed when `after` lines of its modules have run."""
     process = os.fork()
     if process:
         os.waitpid(process, 0)
@@ -426,7 +430,7 @@ def run_and_die(folder: Path, stream: bool, after: int | None) -> None:
     lines = [0]
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename != module_under_test.__file__:
+        if frame.f_code.co_filename not in UNDER_TEST:
             return None
         lines[0] += event == "line"
         if lines[0] == after:

@@ -10,17 +10,22 @@ from hf_shapley import (
     ShapleyTrainer,
     ShapleyTrainingArguments,
     coalitions_to_ids,
-    fine_tuning_recipe,
     kernel_shapley,
     sample_coalitions,
 )
 from hf_shapley.faithfulness.certificate import attribution_error_certificate
 from hf_shapley.faithfulness.curves import insertion_deletion
 from hf_shapley.models.pipeline_shapley import TASK
+from hf_shapley.training.digits import EVERYTHING_FLOWS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
-RECIPES = {"default": lambda backbone: ({}, {}), "recommended": lambda backbone: fine_tuning_recipe(backbone=backbone)}
+# Options of the model and of the training arguments.
+RECIPES = {
+    "votes": ({"head": "votes"}, EVERYTHING_FLOWS),
+    "recommended": ({"head": "recommended"}, {}),
+    "adapted": ({"head": "adapted"}, {}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +38,8 @@ def full_float32():
 
 
 @pytest.fixture(params=RECIPES)
-def recipe(request, backbone) -> tuple[dict, dict]:
-    """Options of the model and of the training arguments."""
-    return RECIPES[request.param](backbone)
+def recipe(request) -> tuple[dict, dict]:
+    return RECIPES[request.param]
 
 
 def batch(device: str = "cuda") -> dict[str, torch.Tensor]:

@@ -158,7 +158,7 @@ def test_a_checkpoint_without_classifier_gets_a_new_one(tmp_path):
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
     assert load(tmp_path).config.id2label == dict(enumerate(NAMES))
     with pytest.raises(ValueError, match="no classifier to keep"):
-        load(tmp_path, head="votes+influence", freeze_classifier=True)
+        load(tmp_path, freeze_classifier=True)
 
 
 def test_added_attributions_are_of_the_named_class():

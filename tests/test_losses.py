@@ -4,9 +4,8 @@ from itertools import product
 import pytest
 import torch
 
-from hf_shapley import coalition_label_loss, coalition_loss, paired_shapley_loss, shapley_loss
+from hf_shapley import coalition_loss, paired_shapley_loss, shapley_loss
 from hf_shapley.models.coalitions import enumerate_coalitions, sample_coalitions, shapley_kernel_size_probabilities
-from hf_shapley.models.heads import scale_gradient
 from hf_shapley.training.losses import coalition_regression_loss
 
 PLAYERS, LABELS = 6, 3
@@ -104,34 +103,6 @@ def test_multi_label_coalition_loss_is_binary_cross_entropy():
     p, q = logits[0].sigmoid(), values[0, 0].sigmoid()
     expected = -(p * q.log() + (1 - p) * (1 - q).log()).mean()
     torch.testing.assert_close(coalition_loss(values, logits, multi_label=True), expected)
-    labels = torch.tensor([[1, 0]])
-    expected = -(q[0].log() + (1 - q[1]).log()) / 2
-    torch.testing.assert_close(coalition_label_loss(values, labels, multi_label=True), expected)
-
-
-def test_coalition_label_loss_is_cross_entropy_with_the_true_label():
-    values = torch.randn(2, 1, 2, LABELS, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([2, 0])
-    log_p = values.log_softmax(-1)
-    expected = -(log_p[0, 0, :, 2].sum() + log_p[1, 0, :, 0].sum()) / 4
-    torch.testing.assert_close(coalition_label_loss(values, labels), expected)
-
-
-def test_probabilities_as_labels_give_their_cross_entropy():
-    values = torch.randn(2, 1, 2, LABELS, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
-    log_p = values.log_softmax(-1)
-    expected = -(log_p[0, 0] @ labels[0] + log_p[1, 0] @ labels[1]).sum() / 4
-    torch.testing.assert_close(coalition_label_loss(values, labels), expected)
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
-def test_scaled_gradients_leave_values_alone(scale):
-    x = torch.tensor([1.7, -3.1], requires_grad=True)
-    y = scale_gradient(x, scale)
-    assert torch.equal(y, x)
-    gradient = torch.autograd.grad((2 * y).sum() + 0 * x.sum(), x)[0]
-    torch.testing.assert_close(gradient, torch.full((2,), 2 * scale))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +110,6 @@ def test_scaled_gradients_leave_values_alone(scale):
     [
         (coalition_loss, torch.tensor([[0.3, -1.0, 2.0], [0.0, 1.0, 0.5]])),
         (partial(coalition_loss, multi_label=True), torch.tensor([[0.3, -1.0, 2.0], [0.0, 1.0, 0.5]])),
-        (coalition_label_loss, torch.tensor([2, 0])),
-        (partial(coalition_label_loss, multi_label=True), torch.tensor([[1, 0, 1], [0, 0, 1]])),
         (coalition_regression_loss, torch.tensor([[0.3, -1.0, 2.0], [0.0, 1.0, 0.5]])),
     ],
 )
@@ -153,9 +122,3 @@ def test_masked_predictions_count_by_their_coalitions_weight(loss, targets):
     )
     torch.testing.assert_close(loss(values, targets, weights=weights), expected)
     torch.testing.assert_close(loss(values, targets, weights=torch.ones(2, 3, 2)), loss(values, targets))
-
-
-def test_images_of_unknown_label_have_no_loss():
-    values, weights = torch.randn(3, 2, LABELS), torch.rand(3, 2)
-    known = coalition_label_loss(values[:2], torch.tensor([1, 0]), weights=weights[:2])
-    torch.testing.assert_close(coalition_label_loss(values, torch.tensor([1, 0, -100]), weights=weights), known)

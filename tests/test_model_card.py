@@ -10,20 +10,11 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_shapley.publishing.card_data import ShapleyModelCard, ShapleyModelCardData
+from hf_shapley.publishing.card_results import merge_results
+from hf_shapley.publishing.card_texts import escape_markdown, format_number, numbers_in_card
 from hf_shapley.publishing.hub import _add_tags
-from hf_shapley.publishing.model_card import (
-    MARKER,
-    RECORD,
-    ShapleyModelCard,
-    ShapleyModelCardData,
-    escape_markdown,
-    format_number,
-    merge_results,
-    numbers_in_card,
-    render_model_card,
-    results_of_card,
-    write_model_card,
-)
+from hf_shapley.publishing.model_card import MARKER, RECORD, render_model_card, results_of_card, write_model_card
 
 markdown_it = pytest.importorskip("markdown_it")
 ROOT = Path(__file__).parents[1]

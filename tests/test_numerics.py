@@ -88,8 +88,9 @@ def test_any_number_of_labels(labels, backbone):
 
 
 @pytest.mark.parametrize("players", GRIDS)
-def test_any_number_of_players(players, backbone, attribution_head):
-    model = model_for(backbone, players, attribution_head=attribution_head)
+@pytest.mark.parametrize("head", ["votes", "votes+influence", "recommended"])
+def test_any_number_of_players(players, backbone, head):
+    model = model_for(backbone, players, head=head)
     assert_finite_and_efficient(model, pixels_for(players), players)
 
 
@@ -174,10 +175,9 @@ def train(folder, model, labels: torch.Tensor, **options) -> ShapleyTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("target", ["prediction", "label"])
-def test_a_single_target_is_regressed_for_coalitions_too(target, backbone, tmp_path):
+def test_a_single_target_is_regressed_for_coalitions_too(backbone, tmp_path):
     """As in transformers, one label means regression: the coalitions' term is then a squared error, not 0."""
-    trainer = train(tmp_path, model_for(backbone, num_labels=1), torch.randn(8), coalition_target=target)
+    trainer = train(tmp_path, model_for(backbone, num_labels=1), torch.randn(8))
     terms = [entry["loss_coalition"] for entry in trainer.state.log_history if "loss_coalition" in entry]
     assert len(terms) == 4
     assert all(0 < term < 1e6 for term in terms)

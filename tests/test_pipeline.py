@@ -505,7 +505,7 @@ def test_unknown_options_are_refused(classifier, option, message):
 
 def test_models_without_attributions_are_refused(vit):
     stock = ViTForImageClassification(vit.config)
-    with pytest.raises(ValueError, match="must be a Shapley image classifier, got ViTForImageClassification"):
+    with pytest.raises(TypeError, match="must be a Shapley image classifier, got ViTForImageClassification"):
         ShapleyImageClassificationPipeline(model=stock, image_processor=PROCESSOR, device="cpu")
 
 

@@ -16,6 +16,7 @@ INTERNAL_MODULES = {
     "models/inputs",
     "models/loading",
     "models/speed",
+    "models/stored_checkpoint",
     "models/token_backbone",
     "training/joint_loss",
     "training/sharing",
@@ -25,7 +26,12 @@ INTERNAL_MODULES = {
     "figures/panel_titles",
     "jobs/demo",
     "jobs/demo_report",
+    "publishing/card_results",
+    "publishing/card_texts",
     "publishing/evaluation_card",
+    "publishing/explanation_files",
+    "publishing/explanation_resuming",
+    "publishing/explanation_rows",
     "jobs/evaluation_job",
     "files",
     "data/labels",
@@ -40,7 +46,7 @@ INTERNAL_MODULES = {
 }
 INTERNAL = {
     "models/modeling_shapley": {"ShapleyImageClassifierMixin"},
-    "models/explaining": {"ExplainingMixin"},
+    "models/explaining": {"ExplainingMixin", "attribution_maps"},
     "models/heads": {
         "CoalitionAdapter",
         "NarrowConvolution",
@@ -75,18 +81,11 @@ INTERNAL = {
     "publishing/hub": {"card_of", "keep_card_of_hub", "label_names", "push_with_card", "with_what_holds"},
     "models/images": {"is_array"},
     "publishing/interoperability": {"ImageGame"},
-    "loading": {"ForeignCodeError", "ModelForPipeline"},
-    "publishing/model_card": {
-        "escape_markdown",
-        "format_number",
-        "is_generated",
-        "merge_results",
-        "numbers_in_card",
-        "reading_metadata",
-        "results_of_card",
-    },
+    "registration": {"ForeignCodeError", "ModelForPipeline", "register"},
+    "publishing/card_data": {"reading_metadata"},
+    "publishing/model_card": {"is_generated", "results_of_card"},
     "models/modeling_shapley_convnext": {
-        "DepthwiseConv2d",
+        "CellRule",
         "InfluenceConvNextLayer",
         "ShapleyConvNextLayer",
         "ShapleyConvNextModel",
@@ -106,8 +105,7 @@ INTERNAL = {
 HEAVY = {"datasets", "evaluate", "sklearn", "scipy", "matplotlib", "gradio", "shap", "shapiq", "captum", "onnx"}
 
 
-# By their names without the folder, of which the lists above need none.
-SOURCES = {folder_and_name(module)[1]: source for module, source in MODULES.items() if "/__init__" not in module}
+SOURCES = {module: source for module, source in MODULES.items() if not module.endswith("__init__")}
 
 
 def definitions(source):
@@ -117,9 +115,10 @@ def definitions(source):
 
 
 def imports(nodes):
-    """Names imported from sibling modules by statements, as {module: names}."""
+    """Names imported from sibling modules by statements and left public, as {module: names}."""
     found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
-    return {node.module: sorted(alias.name for alias in node.names) for node in found}
+    public = {node.module: sorted(alias.name for alias in node.names if not alias.asname) for node in found}
+    return {module: names for module, names in public.items() if names}
 
 
 def imported_at_once(module):

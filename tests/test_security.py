@@ -35,7 +35,7 @@ from hf_shapley import (
     write_model_card,
 )
 from hf_shapley.cli import main
-from hf_shapley.loading import ForeignCodeError
+from hf_shapley.registration import ForeignCodeError
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "gradio_demo"
@@ -200,7 +200,7 @@ SIZES = {
     "vit": ["num_hidden_layers", "hidden_size", "intermediate_size", "image_size", "patch_size", "num_channels"],
     "convnext": ["depths", "hidden_sizes", "patch_size", "num_channels"],
 }
-OWN_SIZES = ["vote_layers", "influence_layers", "influence_own_layers", "coalition_adapter_size", "num_labels"]
+OWN_SIZES = ["influence_layers", "influence_own_layers", "coalition_adapter_size", "num_labels"]
 
 
 @pytest.mark.parametrize("auto", [False, True])

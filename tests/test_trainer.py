@@ -22,12 +22,11 @@ from hf_shapley import (
     ShapleyTrainingArguments,
     coalitions_to_ids,
     exact_shapley,
-    fine_tuning_recipe,
     importance_weights,
     paired_residual_loss,
-    refinement_recipe,
     sample_coalitions,
 )
+from hf_shapley.training.digits import EVERYTHING_FLOWS
 
 
 def images(count: int = 16) -> list[dict]:
@@ -68,43 +67,46 @@ def logged(trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-@pytest.mark.parametrize("sizes", ["kernel", "spread"])
-def test_the_terms_are_the_formula_image_by_image(backbone, sizes, tmp_path):
-    """L = CE + coalition_weight * mean w CE(v, p) + shapley_weight * N * mean w (v - base - sum phi)^2, slowly."""
+@pytest.mark.parametrize("value_gradient", [1.0, 0.25])
+def test_the_terms_are_the_formula_image_by_image(backbone, value_gradient, tmp_path):
+    """L = CE + coalition_weight * mean w CE(v, p) + shapley_weight * N * mean w (odd^2 + value_gradient even^2).
+
+    Odd and even are half the difference and half the sum of a pair's residuals v - base - sum phi; slowly.
+    """
     model = make_model(backbone, head="votes+influence").train()
     options = {
         "coalition_weight": 0.5,
         "shapley_weight": 2.0,
         "num_pairs": 2,
-        "readout_weight": 0.3,
-        "coalition_sizes": sizes,
+        "value_gradient": value_gradient,
     }
-    trainer = make_trainer(tmp_path, model, per_device_train_batch_size=4, **options)
+    trainer = make_trainer(tmp_path, model, per_device_train_batch_size=4, **EVERYTHING_FLOWS | options)
     trainer.current_gradient_accumulation_steps = 1
     batch = batch_of(images(4))
     loss = trainer.compute_loss(model, batch)
     coalitions = trainer._draw_coalitions(model, batch, 0)  # the same again
     sums = model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
-    terms = trainer.loss_terms(sums, 24, batch["labels"], importance=importance_weights(coalitions, sizes))
+    terms = trainer.loss_terms(sums, 24, batch["labels"], importance=importance_weights(coalitions, "spread"))
     output = model(**batch)
     by_size = [1 / (size * (24 - size)) for size in range(1, 24)]
     of_root = sum(by_size) ** -1 * sum(chance**0.5 for chance in by_size)
 
-    pairs = torch.stack([coalitions, ~coalitions], dim=2).flatten(1, 2)  # (4, 4, 24)
-    values = model.coalition_values(batch["pixel_values"], pairs)
     coalition, shapley = [], []
     for image in range(4):
         p = output.logits[image].softmax(-1)
-        for members, value in zip(pairs[image], values[image], strict=True):
-            weight = 1.0 if sizes == "kernel" else of_root * by_size[int(members.sum()) - 1] ** 0.5
-            coalition.append(weight * -(p * value.log_softmax(-1)).sum())
-            gap = value - model.classifier.bias - output.attributions[image][members].sum(0)
-            shapley.append(weight * 24 * gap.square().mean())
+        for pair in torch.stack([coalitions, ~coalitions], dim=2)[image]:  # (2, 24)
+            weight, gaps = of_root * by_size[int(pair[0].sum()) - 1] ** 0.5, []
+            values = model.coalition_values(batch["pixel_values"][image : image + 1], pair[None])[0]
+            for members, value in zip(pair, values, strict=True):
+                coalition.append(weight * -(p * value.log_softmax(-1)).sum())
+                gaps.append(value - model.classifier.bias - output.attributions[image][members].sum(0))
+            odd, even = (gaps[0] - gaps[1]) / 2, (gaps[0] + gaps[1]) / 2
+            shapley.append(weight * 24 * (odd.square() + value_gradient * even.square()).mean())
     torch.testing.assert_close(terms["classification"], F.cross_entropy(output.logits, batch["labels"]))
     torch.testing.assert_close(terms["coalition"], torch.stack(coalition).mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(terms["shapley"], torch.stack(shapley).mean(), atol=1e-5, rtol=1e-4)
     assert all(term > 0 for term in terms.values())
-    regression = terms["shapley"] + 0.3 * terms["readout"]
+    regression = terms["shapley"] + terms["readout"]
     torch.testing.assert_close(loss, terms["classification"] + 0.5 * terms["coalition"] + 2.0 * regression)
 
 
@@ -127,11 +129,11 @@ def test_the_readout_term_averages_over_directions(backbone, tmp_path):
     torch.testing.assert_close(found, torch.stack(terms).mean(), atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("readout", ["patches", "pooled"])
+@pytest.mark.parametrize("head", ["votes+influence", "pooled"])
 @pytest.mark.parametrize("adapters", ["none", "frozen", "learning"])
-def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(backbone, readout, adapters, tmp_path):
-    head = {"head": "votes+influence", "vote_layers": 1, "influence_own_layers": 1}
-    model = make_model(backbone, vote_readout=readout, coalition_adapter_size=4 * (adapters != "none"), **head)
+def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(backbone, head, adapters, tmp_path):
+    size = 4 * (adapters != "none")
+    model = make_model(backbone, head=head, influence_own_layers=1, coalition_adapter_size=size)
     model.freeze_classifier(adapters=adapters == "frozen")
     pixels = batch_of(images(4))["pixel_values"]
     coalitions = sample_coalitions(4, 6, num_players=24, generator=torch.Generator().manual_seed(0))
@@ -143,9 +145,7 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
         return output.logits, model.coalition_values(pixels, coalitions), output.attributions
 
     before = played()
-    recipe = refinement_recipe(1e-2) if adapters == "frozen" else fine_tuning_recipe(1e-2, game="adapted")[1]
-    recipe |= {"shapley_warmup": 0.0, "shapley_every": 2}
-    make_trainer(tmp_path, model, num_train_epochs=3, weight_decay=0.1, **recipe).train()
+    make_trainer(tmp_path, model, num_train_epochs=3, weight_decay=0.1, learning_rate=1e-2).train()
     after = played()
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1]) == (adapters != "learning")
@@ -153,32 +153,26 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
     torch.testing.assert_close(after[2].sum(1), after[0] - model.base_values)
 
 
-@pytest.mark.parametrize(
-    ("every", "adapter_size", "from_init", "wanted"),
-    [(2, 4, False, True), (2, 4, True, True), (2, 0, False, False), (1, 4, False, False), (1, 4, True, False)],
-)
-def test_processes_look_for_unused_parameters_only_where_steps_leave_adapters_out(
-    tmp_path, every, adapter_size, from_init, wanted
-):
-    def build():
-        return make_model("vit", coalition_adapter_size=adapter_size)
-
-    args = ShapleyTrainingArguments(str(tmp_path), use_cpu=True, shapley_every=every)
-    trainer = ShapleyTrainer(args=args, **({"model_init": build} if from_init else {"model": build()}))
-    assert trainer.accelerator.ddp_handler.find_unused_parameters is wanted
-
-
 def test_freezing_the_classifier_of_attributions_that_are_its_own_is_refused(backbone):
-    with pytest.raises(ValueError, match=r"needs `attribution_head='votes\+influence'`, got 'votes'"):
+    with pytest.raises(ValueError, match="A frozen classifier needs an influence head"):
         make_model(backbone).freeze_classifier()
 
 
 def test_logged_terms_add_up_to_the_logged_loss(tmp_path):
-    trainer = make_trainer(tmp_path, logging_steps=2, coalition_weight=0.5, shapley_weight=2.0)
+    trainer = make_trainer(tmp_path, logging_steps=2, coalition_weight=0.5, shapley_weight=2.0, shapley_warmup=0.0)
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     weighted = entry["loss_classification"] + 0.5 * entry["loss_coalition"] + 2.0 * entry["loss_shapley"]
     assert entry["loss"] == pytest.approx(weighted, rel=1e-3)
+
+
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "attribution_learning_rate": 0.1,
+    "max_grad_norm": 0.0,
+    **EVERYTHING_FLOWS,
+}
 
 
 def test_accumulating_two_batches_of_four_is_one_batch_of_eight(backbone, tmp_path):
@@ -189,9 +183,7 @@ def test_accumulating_two_batches_of_four_is_one_batch_of_eight(backbone, tmp_pa
             make_model(backbone, head="votes+influence"),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=0.0,
+            **SGD,
         )
         trainer.train()
         weights.append(trainer.model.state_dict())
@@ -213,22 +205,26 @@ def gradients(tmp_path, **options) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(()) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
-def test_value_gradient_scales_what_flows_through_the_values(tmp_path):
-    through, detached, half = (gradients(tmp_path, value_gradient=g) for g in (1.0, 0.0, 0.5))
-    name = "vit.layers.0.mlp.fc1.weight"
-    assert not torch.allclose(through[name], detached[name])
-    torch.testing.assert_close(half[name], (through[name] + detached[name]) / 2)
+@pytest.mark.parametrize("value_gradient", [0.0, 0.3, 1.0])
+def test_value_gradient_scales_what_flows_through_the_values(value_gradient, tmp_path):
+    """A residual is v less the attributions' sum: the gradient of one is minus the other's, but for the share."""
+    trainer = make_trainer(tmp_path, value_gradient=value_gradient)
+    batch = batch_of(images(4))
+    coalitions = sample_coalitions(4, 2, num_players=24, generator=torch.Generator().manual_seed(0))
+    output = trainer.model(**batch, coalition_ids=coalitions_to_ids(coalitions), sums_only=True)
+    output.coalition_gains.retain_grad()
+    output.coalition_attributions.retain_grad()
+    trainer.loss_terms(output, 24, batch["labels"])["shapley"].backward()
+    of_attributions = output.coalition_attributions.grad
+    of_values = torch.zeros_like(of_attributions) if value_gradient == 0 else output.coalition_gains.grad
+    assert of_attributions.abs().max() > 0
+    torch.testing.assert_close(of_values, -value_gradient * of_attributions)
 
 
-@pytest.mark.parametrize("config", [{}, {"head": "pooled"}])
-@pytest.mark.parametrize("target", ["prediction", "label"])
-def test_a_fraction_that_learns_through_the_values_gives_everyones_gradient_on_average(
-    backbone, target, config, tmp_path
-):
-    model = make_model(backbone, **config).train()
-    trainer = make_trainer(
-        tmp_path, model, value_gradient=0.4, even_weight=0.3, odd_weight=0.7, coalition_target=target
-    )
+@pytest.mark.parametrize("head", ["votes", "pooled"])
+def test_a_fraction_that_learns_through_the_values_gives_everyones_gradient_on_average(backbone, head, tmp_path):
+    model = make_model(backbone, head=head).train()
+    trainer = make_trainer(tmp_path, model, value_gradient=0.4)
     batch, num_players = batch_of(images(4)), 24
     coalitions = sample_coalitions(4, 2, num_players=num_players, generator=torch.Generator().manual_seed(0))
 
@@ -251,7 +247,7 @@ def test_a_fraction_that_learns_through_the_values_gives_everyones_gradient_on_a
 
 
 def test_the_shapley_term_leaves_detached_votes_alone(tmp_path):
-    config = {"head": "votes+influence", "influence_gradient": 0.0}
+    config = {"head": "votes+influence"}
     found = gradients(tmp_path, value_gradient=0.0, config=config)
     reached = {name for name, gradient in found.items() if gradient.abs().max() > 0}
     assert reached and all(name.startswith("attribution_head.") for name in reached)
@@ -263,29 +259,37 @@ def test_the_base_values_get_no_gradient_from_the_shapley_term(tmp_path):
     assert gradients(tmp_path, value_gradient=0.0)["classifier.bias"].abs().max() == 0
 
 
-def test_with_adapters_the_labels_alone_teach_the_classifier(backbone, tmp_path):
-    model_options, training_options = fine_tuning_recipe(backbone=backbone, game="adapted")
-    model = make_model(backbone, **model_options).train()
-    batch = batch_of(images(4))
-
-    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    plain = gradients(model(**batch).loss)
-    trainer = make_trainer(tmp_path, model, **training_options | {"shapley_warmup": 0.0})
+def test_a_frozen_classifiers_adapters_and_head_learn(backbone, tmp_path):
+    model = make_model(backbone, head="adapted").train()
+    model.freeze_classifier()
+    trainer = make_trainer(tmp_path, model)
     trainer.current_gradient_accumulation_steps = 1
-    joint = gradients(trainer.compute_loss(model, batch))
-    own = {name for name in joint if name.startswith(("attribution_head.", "coalition_adapters."))}
-    for name in joint.keys() - own:
-        torch.testing.assert_close(joint[name], plain[name], atol=1e-7, rtol=1e-5)
-    assert joint.keys() - own == plain.keys()
-    assert all(joint[name].any() for name in own if name.endswith(("up.weight", "correction.weight")))
+    trainer.compute_loss(model, batch_of(images(4))).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    own = {
+        name for name, _ in model.named_parameters() if name.startswith(("attribution_head.", "coalition_adapters."))
+    }
+    assert found.keys() == own
+    assert all(found[name].any() for name in own if name.endswith(("up.weight", "correction.weight")))
+
+
+@pytest.mark.parametrize(
+    ("head", "frozen", "pairs", "value_gradient"),
+    [("pooled", False, 1, 0.1), ("pooled", True, 4, 0.1), ("adapted", False, 1, 0.03), ("adapted", True, 4, 0.03)],
+)
+def test_what_is_not_given_suits_the_model(head, frozen, pairs, value_gradient, tmp_path):
+    model = make_model("vit", head=head)
+    if frozen:
+        model.freeze_classifier()
+    trainer = make_trainer(tmp_path, model, learning_rate=1e-3)
+    found = (trainer.num_pairs, trainer.value_gradient, trainer.attribution_learning_rate)
+    assert found == (pairs, value_gradient, pytest.approx(8e-3))
+    given = make_trainer(tmp_path, model, num_pairs=2, value_gradient=0.0, attribution_learning_rate=1e-2)
+    assert (given.num_pairs, given.value_gradient, given.attribution_learning_rate) == (2, 0.0, 1e-2)
 
 
 def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):
-    model = make_model("vit", head="votes+influence", vote_layers=1)
+    model = make_model("vit", head="votes+influence")
     args = ShapleyTrainingArguments(
         str(tmp_path), learning_rate=1e-3, attribution_learning_rate=5e-3, weight_decay=0.1, use_cpu=True
     )
@@ -317,35 +321,16 @@ def test_the_weight_warms_up_over_its_fraction_of_the_steps(tmp_path):
     assert logged(trainer, "shapley_weight") == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0])
 
 
-def test_a_fraction_of_the_batch_takes_the_shapley_branch(tmp_path):
-    trainer = make_trainer(tmp_path, shapley_fraction=0.25, num_pairs=3)
-    shapes = []
+def test_a_fraction_of_the_batch_learns_through_the_values(tmp_path):
+    trainer = make_trainer(tmp_path, value_gradient_fraction=0.25, num_pairs=3)
+    asked = []
 
     def note(model, args, kwargs):
-        shapes.append(tuple(kwargs["coalition_ids"].shape))
+        asked.append((tuple(kwargs["coalition_ids"].shape), kwargs["num_with_gradient"]))
 
     trainer.model.register_forward_pre_hook(note, with_kwargs=True)
     trainer.train()
-    assert shapes == [(2, 3, 24)] * 2
-
-
-def test_a_fraction_of_those_learns_through_the_values(tmp_path):
-    trainer = make_trainer(tmp_path, shapley_fraction=0.5, value_gradient_fraction=0.25)
-    counts = []
-
-    def note(model, args, kwargs):
-        counts.append((len(kwargs["coalition_ids"]), kwargs["num_with_gradient"]))
-
-    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
-    trainer.train()
-    assert counts == [(4, 1)] * 2
-
-
-def test_every_second_step_skips_the_shapley_branch(tmp_path):
-    trainer = make_trainer(tmp_path, num_train_epochs=2, shapley_every=2)
-    trainer.train()
-    assert len(logged(trainer, "loss_classification")) == 4
-    assert len(logged(trainer, "loss_shapley")) == 2
+    assert asked == [((8, 3, 24), 2)] * 2
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(backbone, tmp_path):
@@ -513,8 +498,7 @@ def cross_entropy_of_all(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
-@pytest.mark.parametrize("target", ["prediction", "label"])
-def test_a_callers_loss_leaves_the_problem_as_it_was(target, tmp_path):
+def test_a_callers_loss_leaves_the_problem_as_it_was(tmp_path):
     """With `compute_loss_func` labels do not reach the model, as in `Trainer`: its scores stay those of a softmax."""
     given = []
 
@@ -522,7 +506,7 @@ def test_a_callers_loss_leaves_the_problem_as_it_was(target, tmp_path):
         given.append((outputs.loss, labels.shape))
         return F.cross_entropy(outputs.logits, labels)
 
-    trainer = make_trainer(tmp_path, data=mixed(), coalition_target=target)
+    trainer = make_trainer(tmp_path, data=mixed(), value_gradient_fraction=1.0)
     trainer.compute_loss_func = loss
     batch = batch_of(mixed(4))
     trainer.current_gradient_accumulation_steps = 1
@@ -532,15 +516,15 @@ def test_a_callers_loss_leaves_the_problem_as_it_was(target, tmp_path):
     coalitions = trainer._draw_coalitions(trainer.model, batch, 0)
     output = trainer.model(batch["pixel_values"], coalitions_to_ids(coalitions), sums_only=True)
     log_p = (output.base_values + output.coalition_gains).log_softmax(-1)  # (4, 1, 2, 5)
-    wanted = output.logits.softmax(-1) if target == "prediction" else batch["labels"]
-    expected = -(wanted[:, None, None] * log_p).sum(-1).mean()
+    losses = -(output.logits.softmax(-1)[:, None, None] * log_p).sum(-1)  # (4, 1, 2)
+    expected = (importance_weights(coalitions, "spread").unsqueeze(-1) * losses).mean()
     torch.testing.assert_close(trainer._term_sums["coalition"], expected.detach())
 
 
 def test_probabilities_as_labels_are_a_single_label_problem(tmp_path):
     """Where `problem_type` says so, probabilities are learned by cross-entropy, in training and in evaluation."""
     model = make_model("vit", problem_type="single_label_classification")
-    trainer = make_trainer(tmp_path, model, mixed(), coalition_target="label")
+    trainer = make_trainer(tmp_path, model, mixed())
     trainer.eval_dataset = mixed(6)
     batch = batch_of(mixed(6))
     with torch.no_grad():
@@ -556,8 +540,7 @@ def test_a_callers_loss_accumulates_as_the_joint_loss_does(tmp_path):
     weights, losses = [], []
     for size, accumulation in ((8, 1), (4, 2)):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        options |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
-        trainer = rebuilt(make_trainer(tmp_path / str(size), **options), compute_loss_func=cross_entropy_of_all)
+        trainer = rebuilt(make_trainer(tmp_path / str(size), **options, **SGD), compute_loss_func=cross_entropy_of_all)
         trainer.train()
         weights.append(trainer.model.state_dict())
         losses.append([logged(trainer, name) for name in ("loss", "loss_classification", "loss_shapley")])
@@ -704,9 +687,9 @@ def test_the_stock_trainer_trains_our_model(tmp_path):
 
 def test_arguments_parse_from_a_command_line_and_survive_json(tmp_path):
     (args,) = HfArgumentParser(ShapleyTrainingArguments).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--shapley_weight", "0.25", "--coalition_target", "label", "--use_cpu"]
+        ["--output_dir", str(tmp_path), "--shapley_weight", "0.25", "--value_gradient", "0.5", "--use_cpu"]
     )
-    assert args.shapley_weight == 0.25 and args.coalition_target == "label"
+    assert args.shapley_weight == 0.25 and args.value_gradient == 0.5 and args.num_pairs is None
     assert json.loads(args.to_json_string())["shapley_weight"] == 0.25
 
 
@@ -718,11 +701,8 @@ def test_arguments_parse_from_a_command_line_and_survive_json(tmp_path):
         {"shapley_warmup": 1.5},
         {"value_gradient": 2.0},
         {"num_pairs": 0},
-        {"shapley_fraction": 0.0},
         {"value_gradient_fraction": 0.0},
-        {"shapley_every": 0},
         {"attribution_learning_rate": 0.0},
-        {"coalition_target": "teacher"},
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, option):

@@ -9,9 +9,9 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PrinterCallback
 
-from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
+from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
 from hf_shapley.models.heads import ZeroLinear
-from hf_shapley.models.modeling_shapley import UNTRAINED
+from hf_shapley.models.loading import UNTRAINED
 from hf_shapley.publishing.hub import with_what_holds
 from hf_shapley.publishing.training_card import _last_evaluation, _metrics
 
@@ -53,7 +53,7 @@ def test_a_saved_model_has_a_card_with_results_and_recipe(tmp_path):
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values.pop("loss") > 0
     assert values == {"accuracy": 0.625, "f1_macro": 0.5}
-    for setting in ("learning rate: 0.0003", "shapley weight: 0.25", "num pairs: 2", "attribution head: votes"):
+    for setting in ("learning rate: 0.0003", "shapley weight: 0.25", "num pairs: 2", "vote readout: patches"):
         assert setting in card.text
     assert "ant, bee, cat, dog, eel" in card.text and "frozen" not in card.text
     assert str(tmp_path) not in card.content
@@ -91,18 +91,29 @@ def test_the_card_of_a_frozen_classifier_says_so(tmp_path):
 
 @pytest.mark.parametrize("game", ["own", "adapted"])
 def test_the_training_card_says_whose_game_it_is(game, tmp_path):
-    trainer = make_trainer(tmp_path, model=fine_tuning_recipe(game=game)[0])
+    trainer = make_trainer(tmp_path, model={"head": {"own": "recommended", "adapted": "adapted"}[game]})
     trainer.create_model_card()
     whose = {"own": "the classifier's own", "adapted": "the classifier with adapters for masked images"}[game]
     assert f"Whose game it is: {whose}, absent patches dropped." in card_in(tmp_path).text
 
 
 def test_the_card_names_every_option_of_the_head_that_was_set(tmp_path):
-    make_trainer(tmp_path, model=fine_tuning_recipe(game="adapted")[0]).create_model_card()
+    make_trainer(tmp_path, model={"head": "adapted"}).create_model_card()
     text = card_in(tmp_path).text
-    for setting in ("influence own layers: 1", "influence gradient: 0", "coalition gradient: 0"):
+    for setting in ("vote readout: pooled", "influence own layers: 1", "coalition adapter size: 64"):
         assert setting in text
-    assert "vote gradient" not in text
+    assert "attribution gradient" not in text
+
+
+def test_the_card_tells_what_was_not_given(tmp_path):
+    """The values that the trainer chose; of a weight that warms up, the one it warms up to."""
+    trainer = make_trainer(tmp_path, model={"head": "adapted"}, learning_rate=1e-3)
+    trainer.state.max_steps = 10
+    assert trainer.shapley_weight == 0
+    trainer.create_model_card()
+    text = card_in(tmp_path).text
+    for setting in ("value gradient: 0.03", "num pairs: 1", "attribution learning rate: 0.008", "shapley weight: 1"):
+        assert setting in text
 
 
 def test_checkpoints_on_the_way_have_no_card(tmp_path):
@@ -139,7 +150,7 @@ def test_the_blank_card_of_peft_is_replaced(tmp_path, newline):
     trainer.model.peft_config = {"default": SimpleNamespace(peft_type="LORA")}
     trainer.create_model_card()
     card = card_in(tmp_path)
-    assert "attribution head: votes" in card.text and "More Information Needed" not in card.text
+    assert "vote readout: patches" in card.text and "More Information Needed" not in card.text
     assert card.data.library_name == "peft"
     assert {"lora", "hf_shapley"} <= set(card.data.tags)
 

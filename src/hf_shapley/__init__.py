@@ -3,15 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-)
-from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import is_torchvision_available
-
 from .backbones import AutoShapleyForImageClassification
 from .faithfulness.agreement import Agreement, attribution_correlation, error_ratio
 from .faithfulness.axioms import efficiency_gap, leak
@@ -55,8 +46,10 @@ from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .models.posterior import verdict
+from .publishing.card_data import ShapleyModelCard, ShapleyModelCardData
 from .publishing.hub import push_to_hub
-from .publishing.model_card import ShapleyModelCard, ShapleyModelCardData, render_model_card, write_model_card
+from .publishing.model_card import render_model_card, write_model_card
+from .registration import register as _register
 from .training.checkpoints import last_complete_checkpoint
 from .training.losses import (
     coalition_loss,
@@ -70,9 +63,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from .data.digits import digits_dataset
     from .faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
-    from .publishing.dataset_explanations import ExplanationRun, explain_dataset, load_explanations
+    from .publishing.dataset_explanations import ExplanationRun, explain_dataset
     from .publishing.export import export_onnx, export_program
     from .publishing.interoperability import add_attributions, as_shapiq_game, captum_forward, to_shap_explanation
+    from .publishing.saved_explanations import load_explanations
     from .training.arguments import ShapleyTrainingArguments
     from .training.digits import train_digits_model
     from .training.trainer import ShapleyTrainer
@@ -81,7 +75,8 @@ if TYPE_CHECKING:
 # classifies and explains would wait for, and hold 100 MB of, in vain.
 _LAZY = {
     "data.digits": ["digits_dataset"],
-    "publishing.dataset_explanations": ["ExplanationRun", "explain_dataset", "load_explanations"],
+    "publishing.dataset_explanations": ["ExplanationRun", "explain_dataset"],
+    "publishing.saved_explanations": ["load_explanations"],
     "training.digits": ["train_digits_model"],
     "publishing.export": ["export_onnx", "export_program"],
     "publishing.interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
@@ -186,31 +181,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _register() -> None:
-    """Make the Auto classes and pipelines of transformers know our models, and our models know our cards."""
-    from .backbones import FAMILIES
-    from .loading import ModelForPipeline
-    from .publishing.hub import push_with_card
-
-    for family in FAMILIES.values():
-        config, model, processor = family.config, family.model, family.processor
-        processors = {"pil": processor}
-        if is_torchvision_available():
-            import transformers
-
-            processors["torchvision"] = getattr(transformers, processor.__name__.removesuffix("Pil"))
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForImageClassification.register(config, model, exist_ok=True)
-        AutoModel.register(config, model.features_class, exist_ok=True)
-        AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
-    PIPELINE_REGISTRY.register_pipeline(
-        TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
-    )
-    # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
-    for published in (*(family.model for family in FAMILIES.values()), ShapleyImageClassificationPipeline):
-        published.push_to_hub = push_with_card
 
 
 _register()

@@ -200,8 +200,7 @@ def _answer(model, pixels, labels, asked: dict[str, int]) -> tuple[list[dict], A
         outputs = model(pixels, attributed=labels)
     model._check_answers(outputs)
     logits, ids = outputs.logits[0], outputs.attributed_labels
-    maps = outputs.attributions.transpose(1, 2).unflatten(-1, model.grid_size(*pixels.shape[-2:]))
-    maps, errors = asked_of_the_game(model, pixels, maps, ids, **asked)
+    maps, errors = asked_of_the_game(model, pixels, outputs.maps, ids, **asked)
     scores = label_scores(logits, model.config)
     answer = [
         {
@@ -280,6 +279,8 @@ def _load(name: str):
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+    from .models.checks import check_shapley_model
+
     try:
         # Asked for nothing, transformers would offer, on the terminal, to run the repository's code.
         options = {"trust_remote_code": False}
@@ -287,10 +288,7 @@ def _load(name: str):
         processor = AutoImageProcessor.from_pretrained(name, **options)
     except Exception as error:  # transformers raises many types on damaged files
         raise OSError(f"Cannot load the model {name!r}: {error}") from error
-    if not hasattr(model, "explain"):
-        raise ValueError(
-            f"{name!r} is a {type(model).__name__}, which does not explain itself: train it with ShapleyTrainer first."
-        )
+    check_shapley_model(model, repr(name))
     return model, processor
 
 

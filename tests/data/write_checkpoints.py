@@ -12,20 +12,25 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_model
 
+SIZES = {
+    "vit": dict(hidden_size=8, num_attention_heads=2, intermediate_size=16, image_size=(8, 12)),
+    "convnext": dict(hidden_sizes=[4, 8]),
+}
+OWN = {"influence_own_layers": 1, "influence_layers": 1}
 MODELS = {
-    "vit-votes+influence": (
-        "vit",
-        dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=(8, 12)),
-        dict(attribution_head="votes+influence", vote_layers=1, influence_layers=1),
-    ),
-    "convnext-votes": ("convnext", dict(hidden_sizes=[4, 8], depths=[1, 1]), {}),
+    "vit-patches": {"head": "votes+influence", "influence_layers": 1, "attribution_gradient": True},
+    "vit-pooled": {"head": "recommended"},
+    "vit-adapters": {**OWN, "head": "recommended", "coalition_adapter_size": 4},
+    "convnext-votes": {"head": "votes"},
+    "convnext-pooled": {"head": "recommended", "influence_layers": 1},
+    "convnext-own": {**OWN, "head": "recommended", "influence_block": "backbone", "coalition_adapter_size": 4},
 }
 
 
 def main(version: str) -> None:
-    for name, (backbone, sizes, head) in MODELS.items():
-        labels = {0: "cat", 1: "dog", 2: "bird"}
-        model = make_model(backbone, num_labels=3, id2label=labels, label2id={}, **sizes, **head)
+    for name, options in MODELS.items():
+        backbone, labels = name.split("-")[0], {0: "cat", 1: "dog", 2: "bird"}
+        model = make_model(backbone, num_labels=3, id2label=labels, label2id={}, **SIZES[backbone], **options)
         folder = Path(__file__).parent / version / name
         model.save_pretrained(folder)
         for path in folder.glob("*.py"):  # the version's code is in its history

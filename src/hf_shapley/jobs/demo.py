@@ -27,6 +27,7 @@ from ..backbones import FAMILIES
 from ..data.digits import digits_dataset
 from ..data.labels import label_maps
 from ..faithfulness.agreement import attribution_correlation, error_ratio
+from ..faithfulness.axioms import leak
 from ..faithfulness.estimators import exact_shapley
 from ..figures.optional_matplotlib import matplotlib_parts
 from ..terminal import say
@@ -194,12 +195,8 @@ def _cores() -> int:
 
 def _exact(model: PreTrainedModel, image: Tensor) -> Tensor:
     """Exact Shapley values (16, 10) of one image, from all 65,536 coalitions."""
-
-    def game(coalitions: Tensor) -> Tensor:
-        # So few at a time that what the layers make of them stays in the core's cache.
-        return model.coalition_values(image[None], coalitions[None], batch_size=256)[0].double()
-
-    return exact_shapley(game, num_players=16, batch_size=8192)
+    # So few at a time that what the layers make of them stays in the core's cache.
+    return exact_shapley(model.game(image, batch_size=256), num_players=16, batch_size=8192)
 
 
 def _leak(model: PreTrainedModel, pixels: Tensor) -> float:
@@ -208,8 +205,7 @@ def _leak(model: PreTrainedModel, pixels: Tensor) -> float:
     coalitions = torch.rand(len(pixels), 1, 16, generator=generator) < 0.5
     present = coalitions.view(-1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
     changed = torch.where(present, pixels, pixels.roll(1, dims=0))
-    values = [model.coalition_values(x, coalitions) for x in (pixels, changed)]
-    return (values[0] - values[1]).abs().max().item()
+    return leak(model.game(pixels), model.game(changed), coalitions).max().item()
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -5,9 +5,10 @@ import io
 import json
 from pathlib import Path
 
+from datasets import Dataset
 from jinja2 import Environment, PackageLoader
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..figures.attribution_figures import attribution_grid
 from ..files import whole_file
@@ -57,7 +58,9 @@ def card_results(results: dict) -> dict:
     }
 
 
-def write_report(output: Path, model: PreTrainedModel, processor, test, pixels: Tensor, results: dict) -> None:
+def write_report(
+    output: Path, model: PreTrainedModel, processor: BaseImageProcessor, test: Dataset, pixels: Tensor, results: dict
+) -> None:
     """Write model with processor and card, results, figure and report.
 
     Args:

@@ -24,6 +24,7 @@ from ..faithfulness.correlations import faithfulness_correlation, interaction_sh
 from ..faithfulness.curves import comprehensiveness_sufficiency, insertion_deletion
 from ..faithfulness.games import BatchedGame, Link
 from ..files import whole_file
+from ..models.checks import check_shapley_model
 from ..models.images import load_image
 from ..models.pipeline_shapley import pixel_values_of, score_function
 from ..publishing.evaluation_card import evaluation_entries
@@ -51,8 +52,7 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, BaseImageProcess
         model, processor = train_digits_model(epochs=options.epochs)
     else:
         model = AutoModelForImageClassification.from_pretrained(options.model, trust_remote_code=False).eval()
-        if not hasattr(model, "coalition_values"):
-            raise ValueError(f"{options.model!r} does not explain itself: train it with ShapleyTrainer first.")
+        check_shapley_model(model, repr(options.model))
         processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
     if options.dataset is None:
         rows = digits_dataset()[options.split]
@@ -132,10 +132,8 @@ def run(options: argparse.Namespace) -> None:
     link = LINKS[score_function(model.config)]
     own = model.explain(pixels).flatten(2).transpose(1, 2)  # (images, players, labels)
 
-    def game(coalitions: Tensor) -> Tensor:
-        return model.coalition_values(pixels, coalitions)
-
-    games = (lambda s, x=x: model.coalition_values(x[None], s[None])[0] for x in pixels)
+    game = model.game(pixels)
+    games = map(model.game, pixels)
     certificate = attribution_error_certificate(games, own, budget=options.budget, generator=generator)
     results = {
         "methods": {name: measure(game, phi, generator, link) for name, phi in rivals(game, own, generator).items()},

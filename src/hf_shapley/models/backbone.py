@@ -5,13 +5,18 @@ its own coalition only. It knows nothing of labels, losses or explanations. Thro
 G coalitions in a structure, D the width of a token, D' that of what the classifier reads.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .heads import AttributionHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as Model
+else:
+    Model = object  # a backbone's methods join those of the stock model that a class inherits from besides
 
 
 class Read(NamedTuple):
@@ -24,7 +29,7 @@ class Read(NamedTuple):
     empty: Tensor | None  # "pooled": that of the empty coalition, (D'), where it came along with the images
 
 
-class Backbone:
+class Backbone(Model):
     """The methods that a backbone must have; `TokenBackbone` and the ConvNeXt have them.
 
     A state is whatever a layer takes and gives for a batch. A rule says who sees whom, in the backbone's own terms;
@@ -43,7 +48,7 @@ class Backbone:
         """Pixels (B, C, H, W) to what enters the first layer, which does not yet mix players."""
         raise NotImplementedError
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[Callable[[Tensor, Any], Tensor]]:
         """Everything from there to the last layer, in order; each takes (state, rule) and gives a state."""
         raise NotImplementedError
 

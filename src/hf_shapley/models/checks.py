@@ -140,6 +140,16 @@ def check_callable(value: Any, name: str, wanted: str) -> None:
         raise TypeError(f"`{name}` must be {wanted}, got {describe(value)}.")
 
 
+def check_shapley_model(model: Any, name: str = "`model`") -> None:
+    """Raise unless `model` is a Shapley image classifier."""
+    if not hasattr(model, "coalition_values"):
+        raise TypeError(
+            f"{name} must be a Shapley image classifier, got {type(model).__name__}, which does not explain itself: "
+            "load the checkpoint with AutoShapleyForImageClassification and "
+            "train it with ShapleyTrainer."
+        )
+
+
 def check_generator(generator: Any) -> None:
     """Raise unless `generator` is a torch generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):

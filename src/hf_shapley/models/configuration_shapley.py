@@ -2,20 +2,24 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ConvNextConfig, PreTrainedConfig, ViTConfig
 from transformers.activations import ACT2FN
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checks import check_count, check_number, describe
+from .stored_checkpoint import stored_bytes, stored_config
 
 INFLUENCE_BLOCKS = ("mlp", "convolution", "backbone")
 VOTE_READOUTS = ("pooled", "patches")
+# Of a config.json: an option's sizes; and how many weights each option calls for, numbers and widths of the layers,
+# ending with the last, and the weights of that one.
+Sizes = Callable[[str], list[int]]
+Fewest = tuple[dict[str, int], list[tuple[int, int]], int]
 FORMER_OPTIONS = ("attribution_head", "vote_layers", "vote_gradient", "influence_gradient", "coalition_gradient")
 SIZES = (
     "hidden_size",
@@ -33,9 +37,14 @@ MOST_UNNAMED_LABELS = 1_000_000
 """Each would get a name of its own, in memory."""
 RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as Config
+else:
+    Config = object  # the options join those of the stock configuration that a class inherits from besides
+
 
 @dataclass(repr=False)
-class ShapleyConfigMixin:
+class ShapleyConfigMixin(Config):
     """Options shared by both backbones.
 
     Args:
@@ -76,12 +85,13 @@ class ShapleyConfigMixin:
         "coalition_gains",
         "coalition_attributions",
         "readout_errors",
+        "maps",
         "hidden_states",
         "attentions",
     ]
     plain_model_type: ClassVar[str]
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             # The library registers its own pipeline: a repository's copy of it, and trust in that, is not needed.
             kwargs.pop("custom_pipelines", None)
@@ -102,7 +112,7 @@ class ShapleyConfigMixin:
         self._check_labels()
         self.check_head()
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         try:
             super().__setattr__(name, value)
         except StrictDataclassError as error:
@@ -145,16 +155,17 @@ class ShapleyConfigMixin:
         if not self.id2label:
             raise ValueError("`id2label` must name at least one label, got none: set `num_labels` or `id2label`.")
         # Whoever names the labels by `id2label` alone leaves transformers' own names in the reverse map.
-        unnamed = {f"LABEL_{index}": index for index in range(len(self.label2id or {}))}
-        if not self.label2id or self.label2id == unnamed:
-            self.label2id = {label: index for index, label in self.id2label.items()}
-        for label, index in self.label2id.items():
+        given: Any = self
+        unnamed = {f"LABEL_{index}": index for index in range(len(given.label2id or {}))}
+        if not given.label2id or given.label2id == unnamed:
+            given.label2id = {label: index for index, label in self.id2label.items()}
+        for label, index in given.label2id.items():
             if not str(index).isdecimal() or self.id2label.get(int(index)) != label:
                 raise ValueError(
                     f"`label2id` says {label!r} is {index!r}, `id2label` says {self.id2label.get(index)!r}: give "
                     "`id2label` alone."
                 )
-        self.label2id = {label: int(index) for label, index in self.label2id.items()}
+        given.label2id = {label: int(index) for label, index in given.label2id.items()}
 
     def _of_former_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take options of a head as version 0.1.0 stored them; return the others."""
@@ -169,10 +180,19 @@ class ShapleyConfigMixin:
             self.influence_own_layers = self.influence_own_layers or 0
         return kwargs
 
+    def _last_layers(self) -> int:
+        """How many layers there are for the influence head to copy."""
+        raise NotImplementedError
+
+    @classmethod
+    def _fewest_of_backbone(cls, sizes: Sizes) -> Fewest:
+        """As `_fewest_weights`, of the backbone alone."""
+        raise NotImplementedError
+
     @property
     def has_influence_head(self) -> bool:
         """Whether a head corrects what patches vote."""
-        return self.influence_own_layers + self.influence_layers > 0
+        return bool(self.influence_own_layers or self.influence_layers)
 
     def check_head(self) -> None:
         """Refuse unknown options of the attribution head; models ask again, as options can be set after creation."""
@@ -186,7 +206,7 @@ class ShapleyConfigMixin:
                 '`vote_readout="pooled"` gives all patches the same vote: set `influence_layers` or '
                 "`influence_own_layers` above 0."
             )
-        if self.influence_own_layers > self._last_layers():
+        if (self.influence_own_layers or 0) > self._last_layers():
             raise ValueError(
                 f"`influence_own_layers` must be at most {self._last_layers()}, the layers there are to copy, "
                 f"got {self.influence_own_layers}."
@@ -206,9 +226,9 @@ class ShapleyConfigMixin:
         Raises:
             OSError: the checkpoint is not to be believed.
         """
-        stored = _stored_config(name, options)
+        stored = stored_config(name, options)
         is_ours = stored.get("model_type") in (cls.model_type, cls.plain_model_type)  # others will be refused anyway
-        length = _stored_bytes(name, options) if is_ours else None
+        length = stored_bytes(name, options) if is_ours else None
         if length is None:
             return
         needed = cls._fewest_weights(stored)
@@ -238,12 +258,14 @@ class ShapleyConfigMixin:
         )
         block = {"mlp": 8 * hidden**2, "convolution": 49 * hidden, "backbone": layer}
         if stored.get("attribution_head") != "votes":  # which version 0.1.0 stored beside layers that there were not
-            needed["influence_layers"] = sizes("influence_layers")[0] * block.get(stored.get("influence_block"), 0)
+            needed["influence_layers"] = sizes("influence_layers")[0] * block.get(
+                str(stored.get("influence_block")), 0
+            )
             needed["influence_own_layers"] = sizes("influence_own_layers")[0] * layer
         return needed
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Read a config, taking plain checkpoints of the same backbone as our own and refusing other architectures."""
         try:
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -260,7 +282,7 @@ class ShapleyConfigMixin:
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
         """As the stock one, which sets what is given beside the entries after they were checked."""
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made)._check_labels()
@@ -310,8 +332,7 @@ class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
         return self.num_hidden_layers
 
     @classmethod
-    def _fewest_of_backbone(cls, sizes):
-        """As `_fewest_weights`; numbers and widths of the layers, ending with the last; the weights of that one."""
+    def _fewest_of_backbone(cls, sizes: Sizes) -> Fewest:
         layers, hidden = sizes("num_hidden_layers")[0], sizes("hidden_size")[0]
         image, patch = sizes("image_size"), sizes("patch_size")
         layer = 4 * hidden**2 + 2 * hidden * sizes("intermediate_size")[0]
@@ -334,8 +355,7 @@ class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
         return self.depths[-1]
 
     @classmethod
-    def _fewest_of_backbone(cls, sizes):
-        """As `_fewest_weights`; numbers and widths of the layers, ending with the last; the weights of that one."""
+    def _fewest_of_backbone(cls, sizes: Sizes) -> Fewest:
         hidden, patch = sizes("hidden_sizes"), sizes("patch_size")
         widths = list(zip(sizes("depths"), hidden, strict=False))
         needed = {
@@ -343,40 +363,6 @@ class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
             "patch_size": sizes("num_channels")[0] * patch[0] * patch[-1] * hidden[0],
         }
         return needed, widths, 8 * widths[-1][1] ** 2
-
-
-def _stored_config(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's own config.json says, whatever the caller puts in its place; empty if there is none."""
-    try:
-        stored = PreTrainedConfig.get_config_dict(name, **_place(options))[0]
-    except (OSError, ValueError, TypeError, AttributeError):  # what is wrong with it, loading itself will say
-        return {}
-    return stored if isinstance(stored, dict) else {}
-
-
-def _stored_bytes(name: str | os.PathLike, options: Mapping[str, Any]) -> int | None:
-    """Length of a checkpoint's weight files, which are downloaded if need be; None if there are none."""
-    if options.get("state_dict") is not None or options.get("gguf_file") is not None:
-        return None
-    variant = f".{options['variant']}" if options.get("variant") else ""
-    whole, index = f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"
-    if options.get("use_safetensors") is False:
-        whole, index = f"pytorch_model{variant}.bin", f"pytorch_model.bin.index{variant}.json"
-    place = _place(options)
-    silent = {
-        f"_raise_exceptions_for_{error}": False for error in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    if path := cached_file(name, whole, **place, **silent):
-        return os.path.getsize(path)
-    if path := cached_file(name, index, **place, **silent):
-        return sum(os.path.getsize(shard) for shard in get_checkpoint_shard_files(name, path, **place)[0])
-    return None
-
-
-def _place(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `from_pretrained` was given, that which says where the files are."""
-    names = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
-    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 ShapleyViTConfig.register_for_auto_class()

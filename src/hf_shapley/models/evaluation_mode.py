@@ -21,7 +21,7 @@ class evaluating:
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         with nullcontext() if torch.compiler.is_compiling() else _MODES:  # the compiler knows no locks
             count, evaluated = _HELD.get(self.model, (0, []))
             self.is_held = count > 0 or self.model.training
@@ -31,7 +31,7 @@ class evaluating:
             if self.is_held:
                 _HELD[self.model] = count + 1, evaluated
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if not self.is_held:
             return
         with nullcontext() if torch.compiler.is_compiling() else _MODES:

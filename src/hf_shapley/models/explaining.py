@@ -1,6 +1,6 @@
 """What a Shapley classifier is asked when it does not learn: its game, maps, and how far they are to be trusted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .posterior import ShapleyPosterior, coalitions_to_ask, shapley_posterior
 
 
 class ExplainingMixin(InputChecks):
-    """`explain`, `check_explanation` and `coalition_values`."""
+    """`explain`, `check_explanation`, `coalition_values` and `game`."""
 
     @torch.no_grad()
     def explain(
@@ -44,7 +44,7 @@ class ExplainingMixin(InputChecks):
         Raises:
             ValueError: for pixels or labels that do not fit, or an answer that is NaN or infinite.
         """
-        height, width = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
+        grid = self._check_pixels(pixel_values, interpolate_pos_encoding, check_values=True)
         check_count(evaluations, "evaluations", 0)
         if labels is not None:
             labels = self._label_ids(labels, len(pixel_values))
@@ -55,8 +55,8 @@ class ExplainingMixin(InputChecks):
         if evaluations > 1:
             asked = self._ask(pixel_values, attributions, labels, evaluations, interpolate_pos_encoding, generator)
             attributions = torch.stack([found.values for found in asked]).to(attributions)
-        maps = attributions.transpose(1, 2).unflatten(-1, (height, width))  # (B, K or L, h, w)
-        return upsample_attributions(maps, tuple(pixel_values.shape[-2:])) if upsample else maps
+        maps = attribution_maps(attributions, grid)  # (B, K or L, h, w)
+        return upsample_attributions(maps, (pixel_values.shape[-2], pixel_values.shape[-1])) if upsample else maps
 
     @torch.no_grad()
     def check_explanation(
@@ -120,9 +120,7 @@ class ExplainingMixin(InputChecks):
         ]
         coalitions = torch.stack([torch.cat([torch.ones_like(rows[:1]), rows]) for rows in drawn])  # (B, R, N)
         pairs = with_complements(coalitions).to(device)  # (B, 2 R, N)
-        values = self.coalition_values(pixel_values, pairs, interpolate_pos_encoding=interpolate_pos_encoding)
-        if labels is not None:
-            values = values.gather(2, labels.unsqueeze(1).expand(-1, values.shape[1], -1))
+        values = self.game(pixel_values, labels, interpolate_pos_encoding=interpolate_pos_encoding)(pairs)
         odd = ((values[:, 0::2] - values[:, 1::2]) / 2).double().cpu()
         return list(map(shapley_posterior, attributions.double().cpu(), coalitions, odd))
 
@@ -167,6 +165,52 @@ class ExplainingMixin(InputChecks):
         # That of no player at all to the bit: a product with many rows rounds otherwise than one with a single row.
         return torch.where(coalitions.any(-1, keepdim=True), torch.cat(values, dim=1), base_values)
 
+    def game(
+        self,
+        pixel_values: Tensor,
+        labels: Sequence[int | str] | Tensor | None = None,
+        *,
+        batch_size: int = 1024,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """The game of one image or of many as a function of coalitions, which estimators and metrics take.
+
+        Args:
+            pixel_values: (C, H, W) for the game of one image, (B, C, H, W) for one of many.
+            labels: None for all K; else as for `explain`. An image's own may be a long tensor (L).
+            batch_size: coalition structures in one forward, over all images.
+            interpolate_pos_encoding: ViT: allow other image sizes than the config's.
+
+        Returns:
+            v: bool (M, N), True = present -> float32 (M, K or L), in logits; of many images bool (B, M, N) ->
+            (B, M, K or L).
+
+        Raises:
+            ValueError: for pixels or labels that do not fit; the function, for coalitions that do not.
+        """
+        is_one = isinstance(pixel_values, Tensor) and pixel_values.ndim == 3
+        images = pixel_values.unsqueeze(0) if is_one else pixel_values
+        self._check_pixels(images, interpolate_pos_encoding, check_values=True)
+        check_count(batch_size, "batch_size")
+        ids = None if labels is None else self._label_ids(labels, len(images))
+
+        def values_of(coalitions: Tensor) -> Tensor:
+            check_coalitions(coalitions)
+            if is_one and coalitions.ndim != 2:
+                raise ValueError(
+                    f"`coalitions` must be of shape (coalitions, players) in the game of one image, got "
+                    f"{tuple(coalitions.shape)}: give `game` many images (B, C, H, W) for (B, coalitions, players)."
+                )
+            asked = coalitions.unsqueeze(0) if is_one else coalitions
+            values = self.coalition_values(
+                images, asked, batch_size=batch_size, interpolate_pos_encoding=interpolate_pos_encoding
+            )
+            if ids is not None:
+                values = values.gather(2, ids.unsqueeze(1).expand(-1, values.shape[1], -1))
+            return values.squeeze(0) if is_one else values
+
+        return values_of
+
     def _values(
         self, embeddings: Tensor, grid: tuple[int, int], coalitions: Tensor, paired: bool, empty: Tensor
     ) -> Tensor:
@@ -175,6 +219,11 @@ class ExplainingMixin(InputChecks):
         members = torch.stack([structures, ~structures], dim=2)  # (B, R, 2, N)
         readouts = self.attribution_head.readouts(self._played(embeddings, grid, members), members, empty)
         return mapped(self.classifier, (readouts if paired else readouts[:, :, :1]).flatten(1, 2))
+
+
+def attribution_maps(attributions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Attributions on the grid of players, a view of them: (B, N, K) -> (B, K, h, w), N = h w."""
+    return attributions.transpose(1, 2).unflatten(-1, grid)
 
 
 def upsample_attributions(maps: Tensor, size: tuple[int, int]) -> Tensor:

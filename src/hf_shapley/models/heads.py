@@ -1,6 +1,7 @@
 """What an attribution head is made of, and the arithmetic around it: modules and plain functions, no model."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +248,8 @@ def weight_of(module: nn.Module, size: int, like: Tensor) -> Tensor:
         ValueError: for a layer that is not linear.
     """
     if is_plain_linear(module):
-        return module.weight
+        weight: Any = module.weight  # under torch.func not a parameter
+        return weight
     basis = 3 * torch.eye(size, dtype=_input_dtype(module, like), device=like.device)  # as long as readouts are
     above, below, middle = module(basis), module(-basis), module(torch.zeros_like(basis[:1]))
     # Dropout of an adapter that learns is no reason to refuse, nor are quantised inputs, which are rounded.

@@ -35,7 +35,8 @@ class InputChecks(Backbone):
                 f"{pixel_values.shape[1]} in shape {tuple(pixel_values.shape)}: {fix}."
             )
         check_device(pixel_values, "pixel_values", self._input_device)
-        grid = self.grid_size(*pixel_values.shape[-2:], bool(interpolate_pos_encoding))
+        height, width = pixel_values.shape[-2:]
+        grid = self.grid_size(height, width, bool(interpolate_pos_encoding))
         # Elsewhere than on the CPU the check would make the host wait in every training step.
         checked = (check_values or pixel_values.device.type == "cpu") and may_be_read(pixel_values)
         # NaN is both extremes; asking each pixel takes 20 times as long, which a small model's forward feels.

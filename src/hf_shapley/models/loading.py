@@ -36,13 +36,13 @@ class LoadingMixin(Backbone):
     _is_untrained: bool | None = None
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint of ours or a plain one of the same backbone, as `PreTrainedModel.from_pretrained` does.
 
         Weights are read from safetensors, never unpickled, unless `use_safetensors=False` asks for it. A plain
@@ -139,17 +139,17 @@ class LoadingMixin(Backbone):
             adapters: freeze the coalition adapters as well.
 
         Raises:
-            ValueError: with `attribution_head="votes"`, where attributions are what the classifier makes of patches.
+            ValueError: without an influence head, where attributions are what the classifier makes of patches.
         """
         if self.attribution_head.correction is None:
             raise ValueError(
-                "A frozen classifier needs `attribution_head='votes+influence'`, got 'votes': its attributions are "
-                "the classifier's own and could not learn either. Load the checkpoint with that option."
+                "A frozen classifier needs an influence head, got none: its attributions are the classifier's own and "
+                "could not learn either. Load the checkpoint with `influence_layers` or `influence_own_layers` above "
+                "0."
             )
         self.requires_grad_(False)
         self.coalition_adapters.requires_grad_(not adapters)
-        for name, part in self.attribution_head.named_children():
-            part.requires_grad_(name != "vote_blocks")
+        self.attribution_head.requires_grad_(True)
 
     @property
     def attributions_trained(self) -> bool:

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .backbone import Read
 from .coalitions import ids_to_coalitions
 from .evaluation_mode import evaluating
-from .explaining import ExplainingMixin
+from .explaining import ExplainingMixin, attribution_maps
 from .heads import at_least_float32, linear_of, mapped, share_evenly, weight_of
 from .inputs import (
     check_coalition_ids,
@@ -46,6 +46,7 @@ class ShapleyImageClassifierOutput(ModelOutput):
         coalition_attributions: (B', R, G, K), float32: attributions summed over each coalition; with `sums_only`.
         readout_errors: (B', R, G, D), float32: what the readout of each coalition gains over the empty one's, less the
             sum of the readout's attributions over it; the gradient is the attribution head's alone; with `sums_only`.
+        maps: (B, K, h, w): the attributions on the grid of patches, a view of them. Of L labels with `attributed`.
         hidden_states: the backbone's, when asked for.
         attentions: the backbone's, when asked for (ViT).
     """
@@ -59,6 +60,7 @@ class ShapleyImageClassifierOutput(ModelOutput):
     coalition_gains: Tensor | None = None
     coalition_attributions: Tensor | None = None
     readout_errors: Tensor | None = None
+    maps: Tensor | None = None  # a field: accelerate builds outputs anew and would drop a grid that is no tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -155,14 +157,15 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         """
         grid = self._check_pixels(pixel_values, interpolate_pos_encoding)
         labels = None if labels is None else self._check_targets(labels, pixel_values)
-        played, recorded = None, {}
+        played: Tensor | None = None
+        recorded: dict[str, Any] = {}
         if coalition_ids is None:
             check_no_sums(sums_only)
-            if attributed is not None:
-                attributed = self._labels_to_attribute(attributed, len(pixel_values))
+            chosen = None if attributed is None else self._labels_to_attribute(attributed, len(pixel_values))
             read, recorded = self._read_images(pixel_values, interpolate_pos_encoding, grid, kwargs)
         else:
             check_ordinary_options({**kwargs, "attributed": attributed})
+            chosen = None
             num_coalitions = check_coalition_ids(coalition_ids, num_coalitions, pixel_values, grid)
             num_with_gradient = check_num_with_gradient(num_with_gradient, len(coalition_ids))
             embeddings = self.embed(pixel_values, bool(interpolate_pos_encoding))
@@ -174,18 +177,18 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         everyone = read.voting.new_ones(read.voting.shape[0], 1, grid[0] * grid[1], dtype=torch.bool)
         readout = self.attribution_head.readouts(read.voting, everyone, empty).squeeze(1)  # (B, D)
         logits = mapped(self.classifier, readout)  # (B, K)
-        if isinstance(attributed, int):
-            attributed = logits.topk(attributed).indices
+        if isinstance(chosen, int):
+            chosen = logits.topk(chosen).indices
         gains = self.attribution_head.flowing(logits - base_values)
         found = _Reading(read.cells, read.voting, readout - empty, gains, empty, base_values, grid)
-        fields = {} if sums_only else {"attributions": self._attributions(found, attributed)}
+        fields: dict[str, Any] = {} if sums_only else self._explained(found, chosen)
         if played is not None:
             fields |= self._played_fields(found, played, members, sums_only, num_with_gradient)
         return ShapleyImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,
             base_values=base_values,
-            attributed_labels=attributed,
+            attributed_labels=chosen,
             **fields,
             **recorded,
         )
@@ -216,6 +219,11 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
             constant = self._played(embeddings[others], grid, members[others])
         return torch.cat([self._played(embeddings[first], grid, members[first]), constant])
 
+    def _explained(self, read: _Reading, labels: Tensor | None) -> dict[str, Tensor]:
+        """The output's fields that hold the attributions of every label, or of each image's own labels (B, L)."""
+        attributions = self._attributions(read, labels)
+        return {"attributions": attributions, "maps": attribution_maps(attributions, read.grid)}
+
     def _attributions(self, read: _Reading, labels: Tensor | None) -> Tensor:
         """Attributions of every label, (B, N, K), or of each image's own labels (B, L), (B, N, L)."""
         deviations = self.attribution_head.deviations(read.tokens, read.voting, read.grid)
@@ -231,7 +239,7 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         return weight_of(self.classifier, self.attribution_head.readout_size, like)
 
     def _played_fields(
-        self, read: _Reading, played: Tensor, members: Tensor, sums_only: bool, num_with_gradient: int
+        self, read: _Reading, played: Tensor, members: Tensor, sums_only: bool, num_with_gradient: int | None
     ) -> dict[str, Tensor]:
         """The output's fields that hold something for the coalitions bool (B', R, G, N), from what votes in them."""
         readouts = self.attribution_head.readouts(played, members, read.empty)  # (B', R, G, D)
@@ -266,6 +274,6 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         return attributions, deviations + shares * read.readout_gains[:batch, None, None].detach()
 
 
-def _detached_beyond(tensor: Tensor, count: int) -> Tensor:
+def _detached_beyond(tensor: Tensor, count: int | None) -> Tensor:
     """The same, with gradient for the first `count` rows only."""
-    return tensor if count == len(tensor) else torch.cat([tensor[:count], tensor[count:].detach()])
+    return tensor if count is None or count == len(tensor) else torch.cat([tensor[:count], tensor[count:].detach()])

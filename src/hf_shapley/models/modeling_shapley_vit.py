@@ -31,7 +31,7 @@ class ShapleyViTLayer(TokenLayer, ViTLayer):
 class InfluenceViTLayer(ViTLayer):
     """A ViT layer over all tokens, or the patches', for the influence head."""
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]  # no mask
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # no mask
         return super().forward(tokens)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
-from .checks import known_labels
+from .checks import check_shapley_model, known_labels
 from .images import is_array, load_image
 from .overlay import check_enlargement, overlay, processor_geometry, symmetric_scale
 from .posterior import MOST_PAIRS, verdict
@@ -87,7 +87,7 @@ def pixel_values_of(
 def check_evaluations(value: Any, name: str) -> int:
     """How many evaluations of the game are asked for, 0 for none; refuse what is no such number."""
     most = 2 * MOST_PAIRS
-    if not isinstance(value, Integral) or not (value == 0 or 2 <= value <= most):
+    if not isinstance(value, Integral) or not (value == 0 or 2 <= int(value) <= most):
         raise ValueError(
             f"`{name}` must be 0 or a number of evaluations from 2 to {most}, got {value!r}: 16 make a check, 256 "
             "refine a map."
@@ -165,13 +165,9 @@ class ShapleyImageClassificationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if not hasattr(self.model, "coalition_values"):
-            raise ValueError(
-                f"`model` must be a Shapley image classifier, got {type(self.model).__name__}: load the checkpoint "
-                "with ShapleyViTForImageClassification or ShapleyConvNextForImageClassification and train it."
-            )
+        check_shapley_model(self.model)
         if self.image_processor is None:
             raise ValueError("`image_processor` must be given: AutoImageProcessor.from_pretrained(checkpoint).")
 
@@ -247,7 +243,7 @@ class ShapleyImageClassificationPipeline(Pipeline):
             if function_to_apply not in SCORES:
                 raise ValueError(f"`function_to_apply` must be one of {list(SCORES)}, got {function_to_apply!r}.")
         label_ids = None if labels is None else self._label_ids(labels)
-        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
+        if seed is not None and not (isinstance(seed, Integral) and 0 <= int(seed) < 2**63):
             raise ValueError(f"`seed` must be an integer from 0 to 2^63 - 1, got {seed!r}.")
         asked = {
             "check": None if check is None else check_evaluations(check, "check"),
@@ -259,7 +255,8 @@ class ShapleyImageClassificationPipeline(Pipeline):
             {"top_k": top_k, "label_ids": label_ids, **asked},
             {"top_k": top_k, "function_to_apply": function_to_apply},
         )
-        return tuple({name: x for name, x in part.items() if x is not None} for part in parts)
+        first, second, third = ({name: x for name, x in part.items() if x is not None} for part in parts)
+        return first, second, third
 
     def _label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Label ids of names or ids, each once."""
@@ -285,12 +282,10 @@ class ShapleyImageClassificationPipeline(Pipeline):
         What is `asked` of the game beside it comes picture by picture: errors (B, L), if a check is among that.
         """
         pixel_values = inputs["pixel_values"]
-        grid = self.model.grid_size(*pixel_values.shape[-2:])
         best = min(5 if top_k is None else top_k, self.model.config.num_labels)
         outputs = self.model(pixel_values, attributed=best if label_ids is None else label_ids)
         self.model._check_answers(outputs)
-        maps = outputs.attributions.transpose(1, 2).unflatten(-1, grid)
-        maps, errors = asked_of_the_game(self.model, pixel_values, maps, outputs.attributed_labels, **asked)
+        maps, errors = asked_of_the_game(self.model, pixel_values, outputs.maps, outputs.attributed_labels, **asked)
         results = {
             "logits": outputs.logits,
             "label_ids": outputs.attributed_labels,

@@ -9,6 +9,8 @@
   bias of a depthwise convolution, `DepthwiseConv2d`: `benchmarks/training_cost.py`, a fifth of a ConvNeXt's backward.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, cat, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
@@ -101,11 +103,11 @@ class Apart(torch.autograd.Function):
         return cells.unsqueeze(1) * masks
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return Together.apply(gradient, *ctx.saved_tensors), None
 
 
@@ -125,11 +127,11 @@ class Together(torch.autograd.Function):
         return cells
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return Apart.apply(gradient, *ctx.saved_tensors), None
 
 
@@ -153,11 +155,11 @@ class LearningBias(torch.autograd.Function):
         return convolved.view_as(convolved)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.dtype = inputs[1].dtype
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient.sum((0, 2, 3)).to(ctx.dtype)
 
 

@@ -39,6 +39,8 @@ class TokenLayer:
 
     is_last = False
     prefix = 1
+    attention: Any
+    training: bool
 
     def normed(self, tokens: Tensor) -> Tensor:
         """What the attention reads: (..., D) -> (..., D)."""
@@ -102,7 +104,7 @@ class TokenBackbone(Backbone):
     layer_class: ClassVar[type]
 
     @property
-    def stock(self) -> nn.Module:
+    def stock(self) -> Any:
         """The stock backbone."""
         return getattr(self, self.base_model_prefix)
 
@@ -125,9 +127,10 @@ class TokenBackbone(Backbone):
 
     def take_layers(self) -> None:
         """Make the stock layers ours: the same weights, under the same names."""
-        for layer in self.blocks():
+        layers: Any = self.blocks()
+        for layer in layers:
             layer.__class__ = self.layer_class
-        self.blocks()[-1].is_last = True
+        layers[-1].is_last = True
 
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
         """Grid (h, w) of players for images of height x width pixels; raises if they do not fit."""
@@ -200,6 +203,7 @@ class TokenBackbone(Backbone):
         return nothing.masked_fill_(apart, float("-inf"))
 
     def adapt(self, index: int, state: Tensor, rule: TokenRule) -> Tensor:
+        assert rule.absent is not None  # as there are adapters
         return self.coalition_adapters[index](state, rule.absent[:, : state.shape[1]])
 
     def tokens(self, state: Tensor, rule: TokenRule | None) -> Tensor:
@@ -215,12 +219,13 @@ class TokenBackbone(Backbone):
         if not self.attribution_head.pooled:
             return Read(cells, cells, None)
         voting = self.pool(prefix.unflatten(1, (rule.coalitions, self.prefix)), cells, rule.members)
-        empty = self.empty_token() if lone is None and rule.members is None else self._pool_of_none(lone)
-        return Read(cells, voting, empty)
+        if lone is not None:
+            return Read(cells, voting, self._pool_of_none(lone))
+        return Read(cells, voting, self.empty_token() if rule.members is None else None)
 
-    def _pool_of_none(self, lone: Tensor | None) -> Tensor | None:
+    def _pool_of_none(self, lone: Tensor) -> Tensor:
         """What is read of the empty coalition, (D'), from its prefix tokens after the norm, (P, D)."""
-        return None if lone is None else self.pool(lone[None, None], None, None)[0, 0]
+        return self.pool(lone[None, None], None, None)[0, 0]
 
     def empty_token(self) -> Tensor:
         """What the classifier reads where there is no patch at all: (D')."""

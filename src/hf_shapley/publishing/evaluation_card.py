@@ -19,7 +19,7 @@ GROUPS = {
 def evaluation_entries(
     measured: Mapping[str, Any], meanings: Mapping[str, str], options: Mapping[str, Any], *, images: int
 ) -> dict[str, Any]:
-    """Entries of a result file (see `hf_shapley.publishing.model_card`) for what `hf-shapley evaluate` measured.
+    """Entries of a result file (see `hf_shapley.publishing.card_results`) for what `hf-shapley evaluate` measured.
 
     Args:
         measured: "methods" (by method, numbers by name), "interaction_share" and "certificate".

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..files import whole_file
-from ..models.checks import check_pair
+from ..models.checks import check_pair, check_shapley_model
 from ..models.evaluation_mode import evaluating
 
 OUTPUTS = ("logits", "attributions")
@@ -28,8 +28,7 @@ class _Explainer(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         output = self.model(pixel_values)
-        grid = self.model.grid_size(*pixel_values.shape[-2:])
-        return output.logits, output.attributions.transpose(1, 2).unflatten(-1, grid)
+        return output.logits, output.maps
 
 
 def export_program(model: Any, *, image_size: int | Sequence[int] | None = None) -> ExportedProgram:
@@ -47,7 +46,8 @@ def export_program(model: Any, *, image_size: int | Sequence[int] | None = None)
         TypeError: `model` is no Shapley image classifier.
         ValueError: the patches do not tile such images.
     """
-    with torch.no_grad(), evaluating(_checked(model)):
+    check_shapley_model(model)
+    with torch.no_grad(), evaluating(model):
         example, dynamic_shapes = _example(model, image_size)
         return torch.export.export(_Explainer(model).eval(), (example,), dynamic_shapes=dynamic_shapes)
 
@@ -79,7 +79,8 @@ def export_onnx(model: Any, path: str | os.PathLike, *, image_size: int | Sequen
     path = Path(path)
     if path.suffix != ".onnx":
         raise ValueError(f'`path` must end in ".onnx", got {str(path)!r}.')
-    model = _in_float32(_checked(model))
+    check_shapley_model(model)
+    model = _in_float32(model)
     with torch.no_grad(), evaluating(model):
         example, dynamic_shapes = _example(model, image_size)
         program: Any = torch.onnx.export(
@@ -102,12 +103,6 @@ def export_onnx(model: Any, path: str | os.PathLike, *, image_size: int | Sequen
     with whole_file(path) as draft:
         program.save(draft)  # weights beyond 2 GB beside it
     return path
-
-
-def _checked(model: Any) -> Any:
-    if not hasattr(model, "coalition_values"):
-        raise TypeError(f"`model` must be a Shapley image classifier, got {type(model).__name__}.")
-    return model
 
 
 def _in_float32(model: Any) -> Any:

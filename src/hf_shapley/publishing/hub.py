@@ -17,16 +17,11 @@ from huggingface_hub.errors import (
 from transformers import BaseImageProcessor, Pipeline, PreTrainedModel
 
 from ..files import whole_file
+from ..models.checks import check_shapley_model
 from ..models.loading import UNTRAINED
-from .model_card import (
-    ShapleyModelCard,
-    ShapleyModelCardData,
-    is_generated,
-    merge_results,
-    reading_metadata,
-    render_model_card,
-    results_of_card,
-)
+from .card_data import ShapleyModelCard, ShapleyModelCardData, reading_metadata
+from .card_results import merge_results
+from .model_card import is_generated, render_model_card, results_of_card
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +46,7 @@ def push_to_hub(
         model: a Shapley image classifier.
         image_processor: its image processor.
         repo_id: "user/name"; created if it does not exist.
-        results: what the card shows, see `hf_shapley.publishing.model_card`; None = no results but those of `card`.
+        results: what the card shows, see `hf_shapley.publishing.card_results`; None = no results but those of `card`.
         card: text of the model's README.md, as a trainer or the demo wrote it: what it shows is shown too, and where
             somebody wrote it, it is published as it is. None = there is none.
         private: whether a new repository is private; None = the account's default.
@@ -68,8 +63,7 @@ def push_to_hub(
         ValueError: `results` is malformed. The Hub has not heard of anything.
         TypeError: the model is no Shapley image classifier.
     """
-    if not hasattr(model, "coalition_values"):
-        raise TypeError(f"`model` must be a Shapley image classifier, got {type(model).__name__}.")
+    check_shapley_model(model)
 
     def save(folder: str) -> None:
         model.save_pretrained(folder)

@@ -96,9 +96,9 @@ class ImageGame:
 
     def __call__(self, coalitions: np.ndarray) -> np.ndarray:
         """v(S): bool (M, N) or (N), True = present -> float64 (M), in logits."""
-        present = torch.from_numpy(np.atleast_2d(coalitions).astype(bool)).to(self.pixel_values.device)
-        values = self.model.coalition_values(self.pixel_values, present.unsqueeze(0), batch_size=self.batch_size)
-        return values[0, :, self.label].double().cpu().numpy()
+        present = torch.from_numpy(np.atleast_2d(coalitions).astype(bool))
+        game = self.model.game(self.pixel_values[0], [self.label], batch_size=self.batch_size)
+        return game(present)[:, 0].double().cpu().numpy()
 
 
 def as_shapiq_game(
@@ -243,9 +243,9 @@ def _explain(
     with torch.no_grad(), evaluating(model):
         outputs = model(pixel_values, attributed=1 if label_ids is None else label_ids.unsqueeze(1))
     model._check_answers(outputs)
-    maps = outputs.attributions.squeeze(2).unflatten(1, model.grid_size(*pixel_values.shape[-2:]))  # (B, h, w)
     chosen = outputs.attributed_labels  # (B, 1)
-    columns = maps, chosen[:, 0], outputs.base_values[chosen[:, 0]], outputs.logits.gather(1, chosen)[:, 0]
+    ids = chosen[:, 0]
+    columns = outputs.maps[:, 0], ids, outputs.base_values[ids], outputs.logits.gather(1, chosen)[:, 0]
     return [column.tolist() for column in columns]
 
 

@@ -1,36 +1,19 @@
-"""Model cards: measured results and a template in, text out. No network, and no number that was not given.
-
-A result file is a JSON object with these entries, all optional but `model_name`; others are left alone:
-
-    model_name: name of the model.
-    summary: what it is for, in a sentence or two.
-    game: whose game is explained, as `model.game_name` says.
-    license, base_model: as the Hub writes them.
-    dataset: {"name", "id", "config", "split", "revision"}; `id` as on the Hub.
-    labels: label names in order.
-    metrics: a list of {"group", "type", "name", "value", "interval", "confidence", "better", "settings"}: `group` is
-        the heading of a table, `type` a metric id, `interval` [low, high] at level `confidence` (0.95, say), `better`
-        "higher" or "lower", `settings` an object that says how it was measured, and `dataset` its own, if it differs.
-    training, environment: objects of settings.
-    limits: sentences that add to the standing ones.
-    command: the shell command that reproduces the results.
-"""
+"""Model cards: measured results and a template in, text out. No network, and no number that was not given."""
 
 import json
 import logging
-import math
 import os
 import re
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import whole_file
+from .card_data import ShapleyModelCard, ShapleyModelCardData
+from .card_results import check_results
+from .card_texts import comment, escape_markdown, fenced, format_number, picture_address, plain_text, settings_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +30,6 @@ ADDED_TO_FORM = re.compile(
 )
 """What peft and transformers write into huggingface_hub's blank form of a card, line by line."""
 
-TASK = "image-classification"
-TAGS = ("hf_shapley", "shapley", "explainability", "attribution", "vision")
 SHOWN_LABELS = 20
 RECORDED = (
     "model_name",
@@ -64,67 +45,6 @@ RECORDED = (
     "command",
 )
 """Entries that a card keeps as they are, in a comment; labels are in config.json."""
-ENTRY_KINDS = {"dataset": dict, "training": dict, "environment": dict, "labels": list, "metrics": list, "limits": list}
-
-
-class ShapleyModelCardData(ModelCardData):
-    """Metadata of a self-explaining classifier's card: that of `ModelCardData`, with fitting defaults."""
-
-    def __init__(
-        self,
-        *,
-        library_name: str | None = "transformers",
-        pipeline_tag: str | None = TASK,
-        tags: list[str] | None = None,
-        **metadata: Any,
-    ) -> None:
-        tags = list(TAGS) if tags is None else tags
-        super().__init__(library_name=library_name, pipeline_tag=pipeline_tag, tags=tags, **metadata)
-
-    @classmethod
-    def from_results(cls, results: Mapping[str, Any], **metadata: Any) -> "ShapleyModelCardData":
-        """Metadata with one `EvalResult` per metric, which the Hub and huggingface_hub read back.
-
-        Args:
-            results: content of a result file (see the module's docstring).
-            **metadata: further entries (`license`, `language`, ...); they win over those of `results`.
-        """
-        _check_results(results)
-        dataset = results.get("dataset", {})
-        found = {
-            "model_name": _plain(results["model_name"]),
-            "license": results.get("license"),
-            "base_model": results.get("base_model"),
-            "datasets": [dataset["id"]] if "id" in dataset else None,
-            "metrics": list(dict.fromkeys(metric["type"] for metric in results.get("metrics", []))) or None,
-            "eval_results": [_eval_result(metric, dataset) for metric in results.get("metrics", [])] or None,
-        }
-        return cls(**{**found, **metadata})
-
-
-class ShapleyModelCard(ModelCard):
-    """Card of a self-explaining classifier. `ShapleyModelCard.load(path)` reads one back."""
-
-    card_data_class = ShapleyModelCardData
-    default_template_path = Path(__file__).parent / "templates" / "model_card.md"
-
-    def __init__(self, content: str, ignore_metadata_errors: bool = False) -> None:
-        with reading_metadata():
-            super().__init__(content, ignore_metadata_errors)
-
-
-@contextmanager
-def reading_metadata() -> Iterator[None]:
-    """Say that a card's metadata cannot be read, where huggingface_hub lets errors of its YAML parser through."""
-    try:
-        yield
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            "The metadata of the card, between its two lines of `---`, must be plain YAML, got "
-            f"{' '.join(str(error).split())}: mend or delete them."
-        ) from error
 
 
 def render_model_card(
@@ -138,7 +58,8 @@ def render_model_card(
     """Write a card from results: the same results give the same text.
 
     Args:
-        results: content of a result file (see the module's docstring). Texts in it cannot inject HTML or markdown.
+        results: content of a result file (see `hf_shapley.publishing.card_results`). Texts in it cannot inject HTML
+            or markdown.
         model_id: Hub id or folder that `from_pretrained` takes in the example.
         data: metadata; None = `ShapleyModelCardData.from_results(results)`.
         picture: example overlay, as a path relative to the card or an https address.
@@ -151,24 +72,24 @@ def render_model_card(
         ValueError: an entry of `results` is malformed, a number is not finite, or `picture` is neither of its forms.
         TypeError: `results` is no mapping.
     """
-    _check_results(results)
+    check_results(results)
     card = ShapleyModelCard.from_template(
         data or ShapleyModelCardData.from_results(results),
         marker=MARKER,
-        source=_comment(source) if source else "",
+        source=comment(source) if source else "",
         title=escape_markdown(results["model_name"]),
         summary=escape_markdown(results.get("summary", "")),
         game=escape_markdown(results.get("game", "")),
-        picture=_picture_address(picture) if picture else "",
-        usage_id=json.dumps(_plain(model_id), ensure_ascii=False),
+        picture=picture_address(picture) if picture else "",
+        usage_id=json.dumps(plain_text(model_id), ensure_ascii=False),
         origin=_origin(results),
         labels=_label_list(results.get("labels", [])),
         tables=_metric_tables(results.get("metrics", [])),
         has_interaction_share=any("interaction" in metric["type"] for metric in results.get("metrics", [])),
-        training=_settings(results.get("training", {})),
-        environment=_settings(results.get("environment", {})),
+        training=settings_text(results.get("training", {})),
+        environment=settings_text(results.get("environment", {})),
         limits=[escape_markdown(limit) for limit in results.get("limits", [])],
-        command=_fenced("bash", results["command"]) if results.get("command") else "",
+        command=fenced("bash", results["command"]) if results.get("command") else "",
         record=_record(results),
     )
     return str(card)
@@ -196,41 +117,23 @@ def results_of_card(card: str) -> dict[str, Any]:
         card: the text of a README.md.
 
     Returns:
-        Content of a result file (see the module's docstring); empty where the card was not generated.
+        Content of a result file (see `hf_shapley.publishing.card_results`); empty where the card was not generated.
     """
     records = re.findall(f"^{re.escape(RECORD)}(.*) -->$", card, re.MULTILINE) if MARKER in card else []
     try:
         results = json.loads(records[-1]) if records else {}
         if records:
-            _check_results(results)
+            check_results(results)
     except (ValueError, TypeError):  # somebody changed it
         return {}
     return results
 
 
-def merge_results(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """What two result files say of one model: all metrics and limits of both, and other entries as `later` has them.
-
-    Metrics that were measured on different data say on which. Of one that both have, the later value counts.
-
-    Args:
-        earlier: content of a result file, such as a training's.
-        later: content of another, such as an evaluation's.
-
-    Returns:
-        Content of a result file.
-    """
-    given = {name: value for name, value in later.items() if value not in (None, "", [], {})}
-    merged = {**earlier, **given}
-    metrics = [dict(metric) for results in (earlier, later) for metric in results.get("metrics", [])]
-    datasets = [results.get("dataset", {}) for results in (earlier, later) for _ in results.get("metrics", [])]
-    if any(dataset != datasets[0] for dataset in datasets):
-        metrics = [{"dataset": dataset, **metric} for metric, dataset in zip(metrics, datasets, strict=True)]
-    # What says how a metric was measured says what it is; the value is not part of that.
-    names = ("group", "type", "name", "dataset")
-    by_name = {json.dumps([metric.get(name) for name in names], sort_keys=True): metric for metric in metrics}
-    limits = dict.fromkeys([*earlier.get("limits", []), *later.get("limits", [])])
-    return merged | {"metrics": list(by_name.values()), "limits": list(limits)}
+def _record(results: Mapping[str, Any]) -> str:
+    """The results as a comment that their texts cannot end; `results_of_card` reads it back."""
+    kept = {name: results[name] for name in RECORDED if results.get(name)}
+    text = json.dumps(kept, default=str)
+    return RECORD + text.replace("<", r"\u003c").replace(">", r"\u003e").replace("--", r"-\u002d") + " -->"
 
 
 def write_model_card(path: str | os.PathLike, card: str | ModelCard) -> bool:
@@ -258,83 +161,6 @@ def write_model_card(path: str | os.PathLike, card: str | ModelCard) -> bool:
     return True
 
 
-# ---- numbers
-
-
-def format_number(value: int | float) -> str:
-    """Write a number as cards show it: integers in full, others with 4 significant digits (all of an integer part)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`value` must be an int or a float, got {value!r}: call `.item()` on tensors and arrays.")
-    if not math.isfinite(value):
-        raise ValueError(
-            f"`value`: a card shows finite numbers only, got {value}: measure again or leave the entry out."
-        )
-    if abs(value) >= 1e15:
-        return f"{value:.4g}"
-    return str(round(value)) if value == int(value) or abs(value) >= 1e4 else f"{value:.4g}"
-
-
-def numbers_in_card(card: str) -> list[str]:
-    """Every number that a card's prose and tables claim, as written and in order.
-
-    Code, comments, addresses, arXiv identifiers and the metadata are left out (huggingface_hub parses the latter).
-    Applied to a text of the result file, it gives the numbers that this text brings along ("CIFAR-10": 10).
-    """
-    for pattern in (r"\A---\n.*?\n---\n", r"(?ms)^(`{3,}).*?^\1`*$", r"<!--.*?-->", r"(`+).*?\1", r"\]\(.*?\)"):
-        card = re.sub(pattern, " ", card, flags=re.DOTALL)
-    card = re.sub(r"https?://\S+|arXiv:\d+\.\d+", " ", card)
-    return re.findall(r"(?<![\w.])(?:(?<![^\s(\[|])[-+])?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?!\w|\.\d)", card)
-
-
-# ---- texts
-
-
-def escape_markdown(text: Any) -> str:
-    """Make a text show as itself on one line of markdown: no HTML, emphasis, link, table cell, heading or list."""
-    text = _plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_{}\[\]()#|~!$])", r"\\\1", text)
-    # Bare addresses become links by themselves; the entities show as the same characters.
-    text = text.replace("://", "&colon;//").replace("@", "&commat;")
-    text = re.sub(r"(?i)\b(www)\.", r"\1&period;", text)
-    text = re.sub(r"^([-+=])", r"\\\1", text)  # a list or an underline at the start
-    return re.sub(r"^(\d+)\.(?!\d)", r"\1\\.", text)  # a numbered list
-
-
-def _plain(text: Any) -> str:
-    """One line without control or invisible characters."""
-    spaced = " ".join(str(text).split())
-    return "".join(character for character in spaced if unicodedata.category(character)[0] != "C")
-
-
-def _comment(text: str) -> str:
-    """An HTML comment that its text cannot end."""
-    return f"<!-- Results: {_plain(text).replace('--', '- -').replace('>', '&gt;')} -->"
-
-
-def _record(results: Mapping[str, Any]) -> str:
-    """The results as a comment that their texts cannot end; `results_of_card` reads it back."""
-    kept = {name: results[name] for name in RECORDED if results.get(name)}
-    text = json.dumps(kept, default=str)
-    return RECORD + text.replace("<", r"\u003c").replace(">", r"\u003e").replace("--", r"-\u002d") + " -->"
-
-
-def _fenced(language: str, code: str) -> str:
-    """A code block whose fence is longer than any run of backticks in the code."""
-    longest = max(map(len, re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{code.strip()}\n{fence}"
-
-
-def _picture_address(picture: str) -> str:
-    """Percent-encode what could end a markdown address."""
-    if picture.startswith("https://"):
-        return "https://" + quote(picture.removeprefix("https://"), safe="/:?&=%#@+,;~")
-    path = Path(picture)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"`picture` must be a path relative to the card, or an https address, got {picture!r}.")
-    return quote(path.as_posix())
-
-
 def _origin(results: Mapping[str, Any]) -> str:
     """Where the model comes from: data set and base model, one sentence or none."""
     dataset = results.get("dataset", {})
@@ -355,27 +181,6 @@ def _label_list(labels: Sequence[Any]) -> str:
     return f"{names}, and the others in `config.json`" if len(labels) > SHOWN_LABELS else names
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
-    """An object of settings as "name: value" pairs."""
-    names = {key: escape_markdown(str(key).replace("_", " ")) for key in settings}
-    return ", ".join(f"{names[key]}: {_show(value)}" for key, value in settings.items())
-
-
-def _show(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    if isinstance(value, int | float):
-        return format_number(value)
-    if isinstance(value, list | tuple):
-        return " / ".join(_show(entry) for entry in value)
-    if isinstance(value, Mapping):
-        return f"({_settings(value)})"
-    return escape_markdown(value)
-
-
-# ---- metrics
-
-
 def _metric_tables(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Group metrics by heading, in order of appearance; every cell is escaped."""
     tables: dict[str, list[str]] = {}
@@ -384,7 +189,7 @@ def _metric_tables(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             _metric_name(metric),
             format_number(metric["value"]),
             _interval(metric),
-            _settings(_circumstances(metric)),
+            settings_text(_circumstances(metric)),
         )
         tables.setdefault(str(metric.get("group", "Evaluation")), []).append("| " + " | ".join(cells) + " |")
     return [{"heading": escape_markdown(group), "rows": rows} for group, rows in tables.items()]
@@ -402,64 +207,8 @@ def _interval(metric: Mapping[str, Any]) -> str:
     return f"{format_number(low)} to {format_number(high)} (at {format_number(metric['confidence'])})"
 
 
-def _how(metric: Mapping[str, Any]) -> Mapping[str, Any]:
-    return metric.get("settings", {})
-
-
 def _circumstances(metric: Mapping[str, Any]) -> dict[str, Any]:
     """How a metric was measured, and on which data if it says so."""
     dataset = metric.get("dataset", {})
     data = " / ".join(str(dataset[key]) for key in ("name", "split") if key in dataset)
-    return {**_how(metric), **({"data": data} if data else {})}
-
-
-def _eval_result(metric: Mapping[str, Any], dataset: Mapping[str, Any]) -> EvalResult:
-    """A metric as the Hub's model-index knows it; interval and settings go along as arguments."""
-    dataset = metric.get("dataset", dataset)
-    arguments = {key: metric[key] for key in ("interval", "confidence") if key in metric} | dict(_how(metric))
-    name = _plain(dataset.get("name", dataset.get("id", "not stated")))
-    return EvalResult(
-        task_type=TASK,
-        task_name="Image Classification",
-        dataset_type=_plain(dataset.get("id", name)),
-        dataset_name=name,
-        dataset_config=dataset.get("config"),
-        dataset_split=dataset.get("split"),
-        dataset_revision=dataset.get("revision"),
-        metric_type=metric["type"],
-        metric_name=_plain(metric.get("name", metric["type"])),
-        metric_value=metric["value"],
-        metric_args=arguments or None,
-    )
-
-
-def _check_results(results: Mapping[str, Any]) -> None:
-    """Refuse malformed results before anything is written."""
-    if not isinstance(results, Mapping):
-        raise TypeError(f"`results` must be a mapping, got {type(results).__name__}: load the JSON file first.")
-    if not _plain(results.get("model_name", "")):
-        raise ValueError("`results` must have a `model_name`.")
-    for key, kind in ENTRY_KINDS.items():
-        if key in results and not isinstance(results[key], kind):
-            raise ValueError(f"`results[{key!r}]` must be a {kind.__name__}, got {type(results[key]).__name__}.")
-    for index, metric in enumerate(results.get("metrics", [])):
-        _check_metric(metric, f"`results['metrics'][{index}]`")
-
-
-def _check_metric(metric: Mapping[str, Any], where: str) -> None:
-    missing = [key for key in ("type", "value") if key not in metric]
-    if missing:
-        raise ValueError(f"{where} must have `type` and `value`, it lacks {', '.join(missing)}.")
-    if not re.fullmatch(r"[\w.-]+", metric["type"]):
-        raise ValueError(f"{where} must have a `type` of letters, digits, '_', '.' and '-', got {metric['type']!r}.")
-    if metric.get("better") not in (None, "higher", "lower"):
-        raise ValueError(f"{where} must have `better` 'higher' or 'lower' if at all, got {metric['better']!r}.")
-    format_number(metric["value"])
-    if not isinstance(metric.get("dataset", {}), Mapping):
-        raise ValueError(f"{where} must have a `dataset` that is a dict if at all, got {metric['dataset']!r}.")
-    if "interval" in metric:
-        low, high = metric["interval"]
-        if "confidence" not in metric or not 0 < metric["confidence"] < 1:
-            raise ValueError(f"{where} has an interval: it must state its `confidence` between 0 and 1, such as 0.95.")
-        if not low <= high:
-            raise ValueError(f"{where} must have an `interval` [low, high] with low <= high, got [{low}, {high}].")
+    return {**metric.get("settings", {}), **({"data": data} if data else {})}

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from ..models.configuration_shapley import ShapleyConfigMixin
+from .card_data import ShapleyModelCardData
 from .hub import label_names, with_what_holds
-from .model_card import ShapleyModelCardData, render_model_card
+from .model_card import render_model_card
 
 # What a card tells of the recipe, next to the joint loss's own knobs.
 RECIPE = (
@@ -138,8 +139,9 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
     """The settings that a reader needs to train such a model again."""
     stock = {argument.name for argument in fields(TrainingArguments)}
     own = [argument.name for argument in fields(trainer.args) if argument.name not in stock]
+    settings = {name: getattr(trainer.args, name) for name in (*RECIPE, *own)}
     # The trainer knows what None stands for.
-    settings = {name: getattr(trainer, name, getattr(trainer.args, name)) for name in (*RECIPE, *own)}
+    settings |= {name: getattr(trainer, name, None) for name, value in settings.items() if value is None}
     config = trainer.model.config
     changed = [option.name for option in fields(ShapleyConfigMixin) if getattr(config, option.name) != option.default]
     return {

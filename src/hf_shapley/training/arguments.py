@@ -1,6 +1,7 @@
 """What training is asked for beyond `TrainingArguments`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -62,7 +63,7 @@ class ShapleyTrainingArguments(TrainingArguments):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._prepare_to_measure()
         super().__post_init__()
         for name in ("shapley_warmup", "value_gradient"):
@@ -82,9 +83,10 @@ class ShapleyTrainingArguments(TrainingArguments):
             )
         if self.num_pairs is not None:
             check_count(self.num_pairs, "num_pairs")
-        if self.ddp_find_unused_parameters is None:
+        stock: Any = self
+        if stock.ddp_find_unused_parameters is None:
             # One forward per step uses every parameter: looking for unused ones would only cost time.
-            self.ddp_find_unused_parameters = False
+            stock.ddp_find_unused_parameters = False
 
     def _prepare_to_measure(self) -> None:
         """Refuse too few images for the attribution error; the best model is that of the least."""
@@ -94,5 +96,6 @@ class ShapleyTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`attribution_error_images` must be at least 2 to measure an error, got {images}: 32 is a good start."
             )
-        if chooses and self.greater_is_better is None:
-            self.greater_is_better = False  # the stock rule is that greater is better, of a loss alone not
+        stock: Any = self
+        if chooses and stock.greater_is_better is None:
+            stock.greater_is_better = False  # the stock rule is that greater is better, of a loss alone not

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from ..data.labels import check_labels_of_checkpoint
 from ..data.picture_rows import named_pictures
 from ..faithfulness.certificate import attribution_error_certificate
+from ..models.checks import check_shapley_model
 from ..models.heads import is_own_part
 from .arguments import MEASURED, ShapleyTrainingArguments
 from .checkpoints import complete_checkpoint, discard_surplus_checkpoints, marked_incomplete
@@ -59,11 +60,8 @@ class ShapleyTrainer(JointLossTrainer):
         args = args or ShapleyTrainingArguments()
         if not isinstance(args, ShapleyTrainingArguments):
             raise TypeError(f"`args` must be ShapleyTrainingArguments, got {type(args).__name__}.")
-        if model is not None and not hasattr(model, "coalition_values"):
-            raise TypeError(
-                f"`model` must be a Shapley image classifier, got {type(model).__name__}: load the checkpoint with "
-                "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification."
-            )
+        if model is not None:
+            check_shapley_model(model)
         kwargs["data_collator"] = kwargs.get("data_collator") or collate
         super().__init__(model, args, **kwargs)
         if args.attribution_error_images and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
@@ -238,5 +236,4 @@ class ShapleyTrainer(JointLossTrainer):
 
 def _values_of(model, pixels: Tensor, label: Tensor, options: dict[str, Any], coalitions: Tensor) -> Tensor:
     """The game of one image (C, H, W) and label (1), on the CPU: (M, N) -> (M, 1)."""
-    values = model.coalition_values(pixels.unsqueeze(0), coalitions.unsqueeze(0).to(pixels.device), **options)
-    return values[0, :, label].cpu()
+    return model.game(pixels, label, **options)(coalitions).cpu()

@@ -1,8 +1,20 @@
-"""Loading a model in a pipeline where this library is installed: a repository's code stays out, without a question."""
+"""What transformers is told when this library is imported: its Auto classes and pipelines know our models."""
 
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import is_torchvision_available
+
+from .backbones import FAMILIES
+from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
+from .publishing.hub import push_with_card
 
 
 class ForeignCodeError(Exception):
@@ -39,3 +51,22 @@ class ModelForPipeline(AutoModelForImageClassification):
         return AutoModelForImageClassification.from_pretrained(
             name, *args, trust_remote_code=bool(trust_remote_code), **options
         )
+
+
+def register() -> None:
+    """Make the Auto classes and pipelines of transformers know our models, and our models know our cards."""
+    for family in FAMILIES.values():
+        config, model, processor = family.config, family.model, family.processor
+        processors: dict[str, Any] = {"pil": processor}
+        if is_torchvision_available():
+            processors["torchvision"] = getattr(transformers, processor.__name__.removesuffix("Pil"))
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForImageClassification.register(config, model, exist_ok=True)
+        AutoModel.register(config, model.features_class, exist_ok=True)
+        AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
+    )
+    # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
+    for published in (*(family.model for family in FAMILIES.values()), ShapleyImageClassificationPipeline):
+        published.push_to_hub = push_with_card  # type: ignore[attr-defined]
