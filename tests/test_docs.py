@@ -1,5 +1,6 @@
 """The documentation does what it says: its code runs, its commands parse, its tables match, its pages build."""
 
+import json
 import os
 import re
 import shlex
@@ -13,11 +14,13 @@ import pytest
 from test_interoperability import optional
 from test_layout import MODULES
 from test_public_api import INTERNAL, INTERNAL_MODULES, definitions
-from transformers import TrainingArguments, ViTConfig
+from transformers import TrainingArguments
 
-from hf_shapley import ShapleyTrainingArguments, ShapleyViTConfig
+from hf_shapley import ShapleyTrainingArguments
+from hf_shapley.backbones import FAMILIES
 from hf_shapley.cli import _parser
 from hf_shapley.data.digits import digits_dataset
+from hf_shapley.models.configuration_shapley import ShapleyConfigMixin
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists()]
@@ -116,21 +119,36 @@ def test_scripts_that_pages_name_exist():
     assert {name for name in re.findall(r"\bexamples/[\w/]+\.py", text) if not (ROOT / name).is_file()} == set()
 
 
-@pytest.mark.parametrize(
-    "arguments, parent, shown",
-    [
-        (ShapleyTrainingArguments, TrainingArguments, lambda field: repr(field.default).replace("'", '"')),
-        (ShapleyViTConfig, ViTConfig, lambda field: None),
-    ],
-    ids=["training", "head"],
-)
-def test_the_tables_of_options_are_complete(arguments, parent, shown):
+def rows_of_options():
+    """Option -> its default, as the page's tables have them."""
     text = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
-    own = [field for field in fields(arguments) if field.name not in {field.name for field in fields(parent)}]
-    assert own and {field.name for field in own} <= set(rows)
+    return {
+        name: default.replace("`", "") for name, default in re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE)
+    }
+
+
+def test_the_table_of_training_options_is_complete():
+    rows, stock = rows_of_options(), {field.name for field in fields(TrainingArguments)}
+    own = [field for field in fields(ShapleyTrainingArguments) if field.name not in stock]
+    assert len(own) == 8 and {field.name for field in own} <= set(rows)
     for field in own:
-        assert shown(field) in (None, rows[field.name].strip("`"))
+        if field.default is not None:
+            assert rows[field.name] == repr(field.default)
+        else:  # what it stands for depends on the model, and is said in the help too
+            numbers = re.findall(r"\d[\d.]*", rows[field.name])
+            assert numbers and all(number in field.metadata["help"] for number in numbers)
+
+
+def test_the_table_of_the_heads_options_is_complete():
+    rows = rows_of_options()
+    defaults = {field.name: field.default for field in fields(ShapleyConfigMixin)}
+    assert len(defaults) == 6 and set(defaults) <= set(rows)
+    for name, default in defaults.items():
+        families = [FAMILIES[model_type] for model_type in ("vit", "convnext")]
+        recommended = [family.config.recommended_head.get(name, default) for family in families]
+        shown = [json.dumps(value) if isinstance(value, str) else repr(value) for value in recommended]
+        # That of every backbone, or one after the other.
+        assert re.sub(r"\w+ (?=[\d\"])", "", rows[name]).split(", ") in ([shown[0]], shown)
 
 
 def test_the_reference_covers_every_public_module():
