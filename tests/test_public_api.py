@@ -60,6 +60,7 @@ INTERNAL = {
         "mapped",
         "share_evenly",
         "sums_of_centred",
+        "through",
         "weight_of",
     },
     "training/checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
