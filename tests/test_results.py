@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
-import pytest
 from test_recipe_runs import recipe_runs
 
 from hf_shapley import ShapleyTrainingArguments, ShapleyViTConfig

@@ -200,7 +200,8 @@ class ShapleyConfigMixin(Config):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if not isinstance(self.attribution_gradient, bool):
-            raise TypeError(f"`attribution_gradient` must be True or False, got {describe(self.attribution_gradient)}.")
+            got = describe(self.attribution_gradient)
+            raise TypeError(f"`attribution_gradient` must be True or False, got {got}.")
         for name in ("influence_own_layers", "influence_layers", "coalition_adapter_size"):
             check_count(getattr(self, name), name, 0)
         if self.vote_readout == "pooled" and not self.has_influence_head:

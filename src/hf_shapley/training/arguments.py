@@ -66,9 +66,9 @@ class ShapleyTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._prepare_to_measure()
         super().__post_init__()
-        check_number(self.shapley_warmup, "shapley_warmup", "in [0, 1]", lambda share: 0 <= share <= 1)
-        if self.value_gradient is not None:
-            check_number(self.value_gradient, "value_gradient", "in [0, 1]", lambda share: 0 <= share <= 1)
+        for name in ("shapley_warmup", "value_gradient"):
+            if getattr(self, name) is not None:
+                check_number(getattr(self, name), name, "in [0, 1]", lambda share: 0 <= share <= 1)
         check_number(
             self.value_gradient_fraction, "value_gradient_fraction", "above 0, at most 1", lambda x: 0 < x <= 1
         )
