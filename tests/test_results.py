@@ -438,6 +438,36 @@ def test_the_comparison_with_two_stages_is_that_of_its_result_file():
         assert f"{100 * accuracy:.2f} %" in page
 
 
+def rows_of_peers_on_digits(found: dict) -> tuple[list[str], list[str]]:
+    """Each recipe's curve in its own game, and what it comes to at the end in both games."""
+    curves, ends = [], []
+    keys = ("error_ratio", "correlation", "interaction_share")
+    for name in (name for name, run in found.items() if isinstance(run, dict) and "curve" in run):
+        for point in found[name]["curve"]:
+            low, high = point["interval"]
+            error = f"{point['error_ratio']:.3f} [{low:.3f}, {high:.3f}]"
+            accuracy = f"{100 * point['accuracy']:.1f} %" if "accuracy" in point else "-"
+            curves.append(
+                f"| {name} | {point['counted_cost']:.0f} | {error} | {point['correlation']:.3f} | {accuracy} |"
+            )
+        end = found[name]["at_the_end"]
+        own = found[name]["own_game"]
+        (other,) = set(end) - {own}
+        cells = [name, own, *(f"{end[game][key]:.3f}" for game in (own, other) for key in keys)]
+        ends.append(f"| {' | '.join(cells)} |")
+    return curves, ends
+
+
+def test_the_comparison_with_viashap_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "peer_amortized_digits.json").read_text())
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    for rows in rows_of_peers_on_digits(found):
+        assert len(rows) >= 3 and "\n".join(rows) in page
+    text = " ".join(page.split())
+    assert f"{found['settings']['counted cost in plain steps of 64 images']:,} plain steps" in text
+    assert f"left as they are, its maps have an error of {found['ViaSHAP']['as_it_is']['error_ratio']:.3f}" in text
+
+
 def runs_of(recipe: str, backbone: str, studies: str = "") -> list[tuple[dict, dict]]:
     """A recipe's runs in the studies whose names begin so, each with the plain run of its study and seed."""
     runs = [run for run in recipe_runs.read_runs() if run["backbone"] == backbone and run["study"].startswith(studies)]
