@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, write_result
 from datasets import load_dataset
+from hf_shapley.digits import SHORT_RUN, trainable
 from recipe_study import ATTENTION, Images, normalise, recipes
 from recipe_study import arguments as shared_arguments
 from sanity import SCRATCH_RATE, SHAPE, TUNING_RATE
@@ -66,7 +67,6 @@ from hf_shapley import (
     sample_coalitions,
     shapley_loss,
 )
-from hf_shapley.digits import SHORT_RUN, trainable
 
 Game = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) and coalitions (B, M, N) -> values (B, M, K)."""
@@ -459,12 +459,13 @@ def judged_in_own_game(study: DigitsStudy, model: ShapleyViTForImageClassificati
 
 
 def digits_joint(study: DigitsStudy) -> dict:
-    """Everything learns together from nothing, by the defaults: a plain step, and a pair that is learned through."""
-    model: ShapleyViTForImageClassification = study.new(ShapleyViTForImageClassification, ShapleyViTConfig)
+    """Everything learns together from nothing, patches vote: a plain step, and a pair that is learned through."""
+    set_seed(study.options.seed)
+    model = ShapleyViTForImageClassification(ShapleyViTConfig(**SHAPE, **VOTES))
     measure, at_the_end = judged_in_own_game(study, model)
     steps = study.options.cost // 2
     meter = study.meter(points(steps), measure, 3 + 3)
-    study.fit(ShapleyTrainer, model, steps, [meter], ShapleyTrainingArguments)
+    study.fit(ShapleyTrainer, model, steps, [meter], ShapleyTrainingArguments, **EVERYTHING_FLOWS)
     return {"own_game": "dropped", "curve": meter.points, "at_the_end": at_the_end()}
 
 
