@@ -67,6 +67,7 @@ from hf_shapley import (
     sample_coalitions,
     shapley_loss,
 )
+from hf_shapley.training.digits import EVERYTHING_FLOWS, VOTES
 
 Game = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) and coalitions (B, M, N) -> values (B, M, K)."""
