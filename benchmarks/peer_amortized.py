@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, write_result
 from datasets import load_dataset
-from recipe_study import ATTENTION, Images, normalise, recipes
+from recipe_study import ATTENTION, RECIPES, Images, normalise
 from recipe_study import arguments as shared_arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -214,7 +214,7 @@ def peer(study: Study) -> dict:
 
 def joint(study: Study) -> dict:
     """The recipe named by the options, from the same start."""
-    options, recipe = study.options, recipes("vit")[study.options.recipe]
+    options, recipe = study.options, RECIPES[study.options.recipe]
     set_seed(options.seed)
     model = ShapleyViTForImageClassification.from_pretrained(options.start, **ATTENTION, **recipe.config)
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of CIFAR-10 for datasets.load_dataset")
     parser.add_argument("--start", type=Path, required=True, help="plain ViT checkpoint that both start from")
-    joint_recipes = [name for name, recipe in recipes("vit").items() if recipe]
+    joint_recipes = [name for name, recipe in RECIPES.items() if recipe]
     parser.add_argument("--recipe", default="own game", choices=joint_recipes)
     parser.add_argument("--surrogate-steps", type=int, default=390)
     parser.add_argument("--explainer-at", type=int, nargs="+", default=[50, 100, 200])

@@ -180,7 +180,7 @@ class ShapleyConfigMixin:
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if not isinstance(self.attribution_gradient, bool):
-            raise TypeError(f"`attribution_gradient` must be True or False, got {describe(self.attribution_gradient)}.")
+            raise TypeError(f"`attribution_gradient` must be a bool, got {describe(self.attribution_gradient)}.")
         for name in ("influence_own_layers", "influence_layers", "coalition_adapter_size"):
             check_count(getattr(self, name), name, 0)
         if self.vote_readout == "pooled" and not self.has_influence_head:
