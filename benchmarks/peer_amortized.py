@@ -35,8 +35,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, write_result
 from datasets import load_dataset
-from hf_shapley.digits import SHORT_RUN, trainable
-from recipe_study import ATTENTION, Images, normalise, recipes
+from recipe_study import ATTENTION, RECIPES, Images, normalise
 from recipe_study import arguments as shared_arguments
 from sanity import SCRATCH_RATE, SHAPE, TUNING_RATE
 from torch import Tensor, nn
@@ -67,7 +66,7 @@ from hf_shapley import (
     sample_coalitions,
     shapley_loss,
 )
-from hf_shapley.training.digits import EVERYTHING_FLOWS, VOTES
+from hf_shapley.training.digits import EVERYTHING_FLOWS, SHORT_RUN, VOTES, trainable
 
 Game = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) and coalitions (B, M, N) -> values (B, M, K)."""
@@ -305,7 +304,7 @@ def peer(study: Study) -> dict:
 
 def joint(study: Study) -> dict:
     """The recipe named by the options, from the same start."""
-    options, recipe = study.options, recipes("vit")[study.options.recipe]
+    options, recipe = study.options, RECIPES[study.options.recipe]
     set_seed(options.seed)
     model = ShapleyViTForImageClassification.from_pretrained(options.start, **ATTENTION, **recipe.config)
 
@@ -567,7 +566,7 @@ def main() -> None:
     parser.add_argument("--cost", type=int, default=2500, help="on digits: plain steps that each recipe may cost")
     parser.add_argument("--first", type=int, default=200, help="on digits: first of the test images that judge")
     parser.add_argument("--digits-budget", type=int, default=512, help="on digits: evaluations for the certificate")
-    joint_recipes = [name for name, recipe in recipes("vit").items() if recipe]
+    joint_recipes = [name for name, recipe in RECIPES.items() if recipe]
     parser.add_argument("--recipe", default="own game", choices=joint_recipes)
     parser.add_argument("--surrogate-steps", type=int, default=390)
     parser.add_argument("--explainer-at", type=int, nargs="+", default=[50, 100, 200])

@@ -144,8 +144,7 @@ class LoadingMixin(Backbone):
         if self.attribution_head.correction is None:
             raise ValueError(
                 "A frozen classifier needs an influence head, got none: its attributions are the classifier's own and "
-                "could not learn either. Load the checkpoint with `influence_layers` or `influence_own_layers` above "
-                "0."
+                "could not learn either. Load the checkpoint with `influence_layers` or `influence_own_layers` over 0."
             )
         self.requires_grad_(False)
         self.coalition_adapters.requires_grad_(not adapters)
