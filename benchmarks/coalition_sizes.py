@@ -12,7 +12,8 @@ import argparse
 
 import torch
 from common import RESULTS, write_result
-from faithfulness import Case, load_case, ours
+from faithfulness import load_case, ours
+from rivals import Case
 from torch import Tensor
 from tqdm.auto import tqdm
 

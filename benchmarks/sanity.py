@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, write_result
-from faithfulness import Case, attention_rollout, gradient_times_input, integrated_gradients, occlusion
+from rivals import Case, attention_rollout, gradient_times_input, integrated_gradients, occlusion
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from transformers import (

@@ -42,7 +42,16 @@ from .models.heads import AttributionHead
 from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
+from .models.modeling_shapley_dinov2 import (
+    ShapleyDinov2Config,
+    ShapleyDinov2ForImageClassification,
+    ShapleyDinov2WithRegistersConfig,
+    ShapleyDinov2WithRegistersForImageClassification,
+)
+from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
+from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .models.posterior import verdict
@@ -101,7 +110,15 @@ __all__ = [
     "RankingCurves",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
+    "ShapleyDeiTConfig",
+    "ShapleyDeiTForImageClassification",
+    "ShapleyDinov2Config",
+    "ShapleyDinov2ForImageClassification",
+    "ShapleyDinov2WithRegistersConfig",
+    "ShapleyDinov2WithRegistersForImageClassification",
     "ShapleyEstimate",
+    "ShapleyIJepaConfig",
+    "ShapleyIJepaForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
     "ShapleyModelCard",
@@ -110,6 +127,8 @@ __all__ = [
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",
     "ShapleyViTForImageClassification",
+    "ShapleyViTMSNConfig",
+    "ShapleyViTMSNForImageClassification",
     "TASK",
     "__version__",
     "add_attributions",

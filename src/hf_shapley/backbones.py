@@ -7,19 +7,40 @@ from typing import Any
 from transformers import (
     AutoConfig,
     BaseImageProcessor,
+    BitImageProcessorPil,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessorPil,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTImageProcessorPil,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    IJepaConfig,
+    IJepaForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
 )
 
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
+from .models.modeling_shapley_dinov2 import (
+    ShapleyDinov2Config,
+    ShapleyDinov2ForImageClassification,
+    ShapleyDinov2WithRegistersConfig,
+    ShapleyDinov2WithRegistersForImageClassification,
+)
+from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
+from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
 
 
 def _small_tokens(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
@@ -31,6 +52,11 @@ def _small_tokens(hidden_size: int, num_layers: int, image_size: Any, patch_size
         "image_size": image_size,
         "patch_size": patch_size,
     }
+
+
+def _small_dinov2(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
+    shape = _small_tokens(hidden_size, num_layers, image_size, patch_size)
+    return {**shape, "mlp_ratio": shape.pop("intermediate_size") // hidden_size}
 
 
 def _small_cells(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
@@ -75,6 +101,46 @@ FAMILIES: dict[str, Family] = {
         ConvNextForImageClassification,
         ConvNextImageProcessorPil,
         _small_cells,
+    ),
+    "deit": Family(
+        ShapleyDeiTConfig,
+        ShapleyDeiTForImageClassification,
+        DeiTConfig,
+        DeiTForImageClassification,
+        DeiTImageProcessorPil,
+        _small_tokens,
+    ),
+    "dinov2": Family(
+        ShapleyDinov2Config,
+        ShapleyDinov2ForImageClassification,
+        Dinov2Config,
+        Dinov2ForImageClassification,
+        BitImageProcessorPil,
+        _small_dinov2,
+    ),
+    "dinov2_with_registers": Family(
+        ShapleyDinov2WithRegistersConfig,
+        ShapleyDinov2WithRegistersForImageClassification,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersForImageClassification,
+        BitImageProcessorPil,
+        _small_dinov2,
+    ),
+    "vit_msn": Family(
+        ShapleyViTMSNConfig,
+        ShapleyViTMSNForImageClassification,
+        ViTMSNConfig,
+        ViTMSNForImageClassification,
+        ViTImageProcessorPil,
+        _small_tokens,
+    ),
+    "ijepa": Family(
+        ShapleyIJepaConfig,
+        ShapleyIJepaForImageClassification,
+        IJepaConfig,
+        IJepaForImageClassification,
+        ViTImageProcessorPil,
+        _small_tokens,
     ),
 }
 """By the model type of the plain checkpoint."""

@@ -104,7 +104,7 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
 def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str, Any], known: dict[int, str]) -> None:
     """Refuse a checkpoint's classifier that is for other labels, `known`, or begin it anew if that was asked for."""
     labels, names = model.config.id2label, given_names(known)
-    has_none = "classifier.weight" in info["missing_keys"]
+    has_none = any(key.endswith("classifier.weight") for key in info["missing_keys"])
     if has_none and (args.freeze_classifier or args.freeze_adapters):
         raise ValueError(f"{args.model!r} has no classifier to keep: train without `--freeze_...` first.")
     is_of_others = bool(names) and not has_none and sorted(names) != sorted(labels.values())
@@ -112,7 +112,7 @@ def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str
     if args.ignore_mismatched_sizes:
         if is_of_others:  # weights of the same size would be those of other labels
             _restart_classifier(model)
-    elif is_of_others or "classifier.weight" in wrong:
+    elif is_of_others or any(key.endswith("classifier.weight") for key in wrong):
         raise ValueError(
             f"The classifier of {args.model!r} has {len(known)} labels, {list(known.values())[:10]}, the data set "
             f"{len(labels)}, {list(labels.values())[:10]}: give the data set's classes the checkpoint's names, in any "
@@ -124,5 +124,6 @@ def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str
 
 @torch.no_grad()
 def _restart_classifier(model: PreTrainedModel) -> None:
-    model.classifier.weight.normal_(std=model.config.initializer_range)
-    model.classifier.bias.zero_()
+    for layer in model.classifiers():
+        layer.weight.normal_(std=model.config.initializer_range)
+        layer.bias.zero_()

@@ -199,6 +199,9 @@ class ShapleyConfigMixin(Config):
         for name, choices in (("influence_block", INFLUENCE_BLOCKS), ("vote_readout", VOTE_READOUTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if not isinstance(self.attribution_gradient, bool):
+            got = describe(self.attribution_gradient)
+            raise TypeError(f"`attribution_gradient` must be True or False, got {got}.")
         for name in ("influence_own_layers", "influence_layers", "coalition_adapter_size"):
             check_count(getattr(self, name), name, 0)
         if self.vote_readout == "pooled" and not self.has_influence_head:
@@ -321,11 +324,9 @@ class ShapleyConfigMixin(Config):
             )
 
 
-class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
-    """Configuration of `ShapleyViTForImageClassification`: `ViTConfig` plus `ShapleyConfigMixin`."""
+class TokenConfigMixin(ShapleyConfigMixin):
+    """`ShapleyConfigMixin` for backbones of tokens."""
 
-    model_type = "shapley-vit"
-    plain_model_type = "vit"
     recommended_head = {"influence_own_layers": 1, "influence_layers": 0, "influence_block": "mlp"}
 
     def _last_layers(self) -> int:
@@ -342,6 +343,13 @@ class ShapleyViTConfig(ShapleyConfigMixin, ViTConfig):
             "patch_size": sizes("num_channels")[0] * patch[0] * patch[-1] * hidden,
         }
         return needed, [(layers, hidden)], layer
+
+
+class ShapleyViTConfig(TokenConfigMixin, ViTConfig):
+    """Configuration of `ShapleyViTForImageClassification`: `ViTConfig` plus `ShapleyConfigMixin`."""
+
+    model_type = "shapley-vit"
+    plain_model_type = "vit"
 
 
 class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):

@@ -3,18 +3,37 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_count, check_floats, check_pair
 from .coalitions import check_coalitions, with_complements
 from .evaluation_mode import evaluating
-from .heads import mapped
+from .heads import mapped, weight_of
 from .inputs import InputChecks
 from .posterior import ShapleyPosterior, coalitions_to_ask, shapley_posterior
 
 
 class ExplainingMixin(InputChecks):
     """`explain`, `check_explanation`, `coalition_values` and `game`."""
+
+    def classifiers(self) -> Sequence[nn.Module]:
+        """The linear layer that classifies; or several, which share the readout evenly and give the mean."""
+        return [self.classifier]
+
+    def classify(self, readouts: Tensor) -> Tensor:
+        """Logits of readouts, (..., D') -> (..., K), float32."""
+        layers = self.classifiers()
+        if len(layers) == 1:
+            return mapped(layers[0], readouts)
+        parts = readouts.chunk(len(layers), dim=-1)
+        return torch.stack([mapped(layer, part) for layer, part in zip(layers, parts, strict=True)]).mean(0)
+
+    def classifier_weight(self, like: Tensor) -> Tensor:
+        """The classifier's matrix (K, D'), for a tensor of the device and dtype of `like`."""
+        layers = self.classifiers()
+        size = self.attribution_head.readout_size // len(layers)
+        weights = [weight_of(layer, size, like) for layer in layers]
+        return weights[0] if len(layers) == 1 else torch.cat(weights, dim=1) / len(layers)
 
     @torch.no_grad()
     def explain(
@@ -218,7 +237,7 @@ class ExplainingMixin(InputChecks):
         structures = coalitions[:, 0::2] if paired else coalitions  # (B, R, N)
         members = torch.stack([structures, ~structures], dim=2)  # (B, R, 2, N)
         readouts = self.attribution_head.readouts(self._played(embeddings, grid, members), members, empty)
-        return mapped(self.classifier, (readouts if paired else readouts[:, :, :1]).flatten(1, 2))
+        return self.classify((readouts if paired else readouts[:, :, :1]).flatten(1, 2))
 
 
 def attribution_maps(attributions: Tensor, grid: tuple[int, int]) -> Tensor:

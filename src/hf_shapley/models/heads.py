@@ -177,16 +177,22 @@ class AttributionHead(nn.Module):
     def own_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The tokens that the influence head's own layers make of the backbone's, (B, T, D) -> (B, T, D)."""
         tokens = self.flowing(tokens)
-        for block in self.own_blocks:
-            tokens = block(tokens, grid)
-        return self.own_norm(tokens)
+        return self.own_norm(through(self.own_blocks, tokens, grid))
 
     def _influence_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if not self.own_layers:
             tokens = self.flowing(tokens)
-        for block in self.influence_blocks:
-            tokens = block(tokens, grid)
-        return self.influence_norm(tokens)
+        return self.influence_norm(through(self.influence_blocks, tokens, grid))
+
+
+def through(blocks: nn.ModuleList, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What one block after another makes of tokens, (B, T, D) -> (B, T, D)."""
+    for block in blocks:
+        if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and not tokens.requires_grad:
+            # Reentrant checkpointing leaves a block's weights without gradient unless what it is given asks for one.
+            tokens = tokens.detach().requires_grad_()
+        tokens = block(tokens, grid)
+    return tokens
 
 
 def is_own_part(name: str) -> bool:

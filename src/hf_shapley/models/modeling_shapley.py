@@ -19,7 +19,7 @@ from .backbone import Read
 from .coalitions import ids_to_coalitions
 from .evaluation_mode import evaluating
 from .explaining import ExplainingMixin, attribution_maps
-from .heads import at_least_float32, linear_of, mapped, share_evenly, weight_of
+from .heads import at_least_float32, linear_of, share_evenly
 from .inputs import (
     check_coalition_ids,
     check_no_sums,
@@ -89,7 +89,7 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
             readout = torch.zeros(self.attribution_head.readout_size, device=device)
         else:
             readout = at_least_float32(token)
-        return readout, mapped(self.classifier, readout[None])[0]  # quantised layers take no single row
+        return readout, self.classify(readout[None])[0]  # quantised layers take no single row
 
     @property
     def game_name(self) -> str:
@@ -176,7 +176,7 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         empty, base_values = self._empty(read.empty, pixel_values.device)
         everyone = read.voting.new_ones(read.voting.shape[0], 1, grid[0] * grid[1], dtype=torch.bool)
         readout = self.attribution_head.readouts(read.voting, everyone, empty).squeeze(1)  # (B, D)
-        logits = mapped(self.classifier, readout)  # (B, K)
+        logits = self.classify(readout)  # (B, K)
         if isinstance(chosen, int):
             chosen = logits.topk(chosen).indices
         gains = self.attribution_head.flowing(logits - base_values)
@@ -227,16 +227,12 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
     def _attributions(self, read: _Reading, labels: Tensor | None) -> Tensor:
         """Attributions of every label, (B, N, K), or of each image's own labels (B, L), (B, N, L)."""
         deviations = self.attribution_head.deviations(read.tokens, read.voting, read.grid)
-        weight = self.attribution_head.flowing(self._weight(deviations))
+        weight = self.attribution_head.flowing(self.classifier_weight(deviations))
         attributions = linear_of(deviations, weight, labels).float()
         attributions.div_(deviations.shape[1])  # in place: with many labels this is the largest tensor of a forward
         shares = read.gains if labels is None else read.gains.gather(1, labels)
         shares = (shares / deviations.shape[1]).unsqueeze(1)
         return attributions.sub_(attributions.mean(dim=1, keepdim=True)).add_(shares)
-
-    def _weight(self, like: Tensor) -> Tensor:
-        """The classifier's matrix (K, D)."""
-        return weight_of(self.classifier, self.attribution_head.readout_size, like)
 
     def _played_fields(
         self, read: _Reading, played: Tensor, members: Tensor, sums_only: bool, num_with_gradient: int | None
@@ -246,7 +242,7 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         if not sums_only:
             votes = self._votes(played, readouts - read.empty, members)
             return {"coalition_votes": _detached_beyond(votes, num_with_gradient)}
-        gains = mapped(self.classifier, readouts) - read.base_values
+        gains = self.classify(readouts) - read.base_values
         attributions, readout_sums = self._sums(read, members)
         return {
             "coalition_gains": _detached_beyond(gains, num_with_gradient),
@@ -258,7 +254,7 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         """Each player's vote when it sees only its own coalition, divided by their number: (B', R, N, K), float32."""
         # With the pooled readout members share what their coalition gains.
         voters = share_evenly(readout_gains, members) if self.attribution_head.pooled else voting  # (B', R, N, D)
-        return linear_of(voters, self._weight(voting)).float().div_(members.shape[-1])
+        return linear_of(voters, self.classifier_weight(voting)).float().div_(members.shape[-1])
 
     def _sums(self, read: _Reading, members: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the coalitions bool (B', R, G, N) of attributions (B', R, G, K), and of Phi (B', R, G, D)."""
@@ -267,7 +263,7 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
         deviations = head.deviation_sums(read.tokens[:batch], read.voting[:batch], flat, read.grid) / num_players
         deviations = deviations.unflatten(1, members.shape[1:3])
         shares = members.sum(-1, keepdim=True) / num_players  # (B', R, G, 1)
-        weight = head.flowing(self._weight(deviations)).to(deviations.dtype)
+        weight = head.flowing(self.classifier_weight(deviations)).to(deviations.dtype)
         with torch.autocast(deviations.device.type, enabled=False):
             attributions = linear_of(deviations, weight).float()
         attributions = attributions + shares * read.gains[:batch, None, None]

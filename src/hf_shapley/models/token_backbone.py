@@ -4,8 +4,8 @@ Under a structure the prefix tokens are repeated, one set for each coalition, an
 different coalitions apart: an absent player is no token at all, as if it had been dropped.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, cat, nn
@@ -14,7 +14,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .backbone import Backbone, Read, absent_shares, check_grid, ids_of
-from .speed import are_plain, dtype_of_products, packed, read, unpacked
+from .coalitions import sum_over_coalitions
+from .heads import AttributionHead, coalition_adapters
+from .speed import activated, are_plain, dtype_of_products, packed, read, unpacked
+
+if TYPE_CHECKING:
+    from transformers.modeling_layers import GradientCheckpointingLayer as StockLayer
+else:
+    StockLayer = object  # a form of ours joins the stock layer that a class inherits from besides
 
 # What can hide players from each other; others would ignore the mask, and hidden pixels would leak.
 MASKING_BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -31,7 +38,7 @@ class TokenRule(NamedTuple):
     absent: Tensor | None = None  # for adapters: the share of players that each token's coalition lacks, (B, T, 1)
 
 
-class TokenLayer:
+class TokenLayer(StockLayer):
     """A stock layer that can leave out what nothing reads, and take along tokens that see only each other.
 
     A subclass says how the stock layer is made: `normed`, what its attention reads, and `finished`, the rest.
@@ -39,8 +46,6 @@ class TokenLayer:
 
     is_last = False
     prefix = 1
-    attention: Any
-    training: bool
 
     def normed(self, tokens: Tensor) -> Tensor:
         """What the attention reads: (..., D) -> (..., D)."""
@@ -54,10 +59,10 @@ class TokenLayer:
         """The stock layer (B, T, D) -> (B, T, D), or under a `TokenRule` in the mask's place a part of it."""
         rule = attention_mask
         if not isinstance(rule, TokenRule):
-            return super().forward(hidden_states, rule, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, rule, **kwargs)
         readers = rule.readers if self.is_last else None
         if readers is None and rule.images is None:
-            return super().forward(hidden_states, rule.mask, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, rule.mask, **kwargs)
         normed = self.normed(hidden_states)
         normed = normed.to(dtype_of_products(normed))  # once, where autocast would do it for each that reads it
         if rule.images is None:
@@ -93,15 +98,45 @@ class TokenLayer:
         return attended.flatten(2)[:, :readers]
 
 
+class PreNormLayer(TokenLayer):
+    """A `TokenLayer` for stock layers that normalise before attention and before an MLP, under ViT's names."""
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        return self.layernorm_before(tokens)
+
+    def finished(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        tokens = tokens + self.dropout(self.attention.o_proj(attended))
+        return tokens + self.dropout(self.mlp(self.layernorm_after(tokens)))
+
+
+class TokenMLP(StockLayer):
+    """A stock MLP, with less memory where nothing is learned."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(activated(self.activation_fn, self.fc1(hidden_states), self.fc1))
+
+
+class InfluenceLayer(StockLayer):
+    """A stock layer over all tokens, or the patches', for the influence head."""
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return super().forward(tokens)
+
+
 class TokenBackbone(Backbone):
     """The methods of a backbone for stock models that embed, run layers of tokens, and normalise.
 
-    `layer_class` is this package's form of the stock layer; `prefix` the number of prefix tokens, P.
+    A subclass names this package's forms of the stock layer, `layer_class`, and of the same for the influence head,
+    `influence_class`. Its constructor makes the stock model and the classifier, then calls `complete`.
     """
 
-    prefix: ClassVar[int] = 1
+    prefix: int = 1  # number of prefix tokens, P
+    reads_prefix: ClassVar[bool] = True  # whether the pooled readout is of the prefix tokens
     reads_cells: ClassVar[bool] = False  # whether the pooled readout is of the players' tokens too
+    takes_any_size: ClassVar[bool] = False  # whether the stock model does, without `interpolate_pos_encoding`
     layer_class: ClassVar[type]
+    influence_class: ClassVar[type]
+    own_forms: ClassVar[Mapping[type, type]] = {}  # of parts of a layer: the stock class -> ours
 
     @property
     def stock(self) -> Any:
@@ -112,8 +147,12 @@ class TokenBackbone(Backbone):
         """The norm after the last layer."""
         return self.stock.layernorm
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def stock_layers(self) -> Sequence[Any]:
+        """The stock model's layers."""
         return self.stock.layers
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.stock_layers()
 
     def pool(self, prefix: Tensor, cells: Tensor | None, members: Tensor | None) -> Tensor:
         """What the classifier reads of G coalitions, (B, G, D').
@@ -125,21 +164,35 @@ class TokenBackbone(Backbone):
         """
         return prefix[:, :, 0]
 
-    def take_layers(self) -> None:
-        """Make the stock layers ours: the same weights, under the same names."""
-        layers: Any = self.blocks()
+    def votes(self, cells: Tensor) -> Tensor:
+        """With `vote_readout="patches"`: what the classifier reads of players' tokens, (B, N, D) -> (B, N, D')."""
+        return cells
+
+    def complete(self, readout_size: int | None = None) -> None:
+        """Make the stock layers ours, the same weights under the same names, and add what a stock model lacks.
+
+        Args:
+            readout_size: D', width of what the classifier reads; D by default.
+        """
+        config, layers = self.config, self.stock_layers()
         for layer in layers:
-            layer.__class__ = self.layer_class
+            layer.__class__, layer.prefix = self.layer_class, self.prefix
         layers[-1].is_last = True
+        self.attribution_head = AttributionHead(
+            config, config.hidden_size, lambda: self.influence_class(config), readout_size
+        )
+        self.coalition_adapters = coalition_adapters(config, self.adapter_widths())
+        for module in self.modules():
+            if type(module) in self.own_forms:
+                module.__class__ = self.own_forms[type(module)]
 
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
         """Grid (h, w) of players for images of height x width pixels; raises if they do not fit."""
-        embeddings = self.stock.embeddings.patch_embeddings
-        step = _pair(embeddings.patch_size)
-        if not interpolate_pos_encoding and (height, width) != _pair(embeddings.image_size):
+        step, size = _pair(self.config.patch_size), _pair(self.config.image_size)
+        if not (interpolate_pos_encoding or self.takes_any_size) and (height, width) != size:
             raise ValueError(
-                f"Images must be of {embeddings.image_size} pixels (height, width), got ({height}, {width}): use the "
-                "image processor, or `interpolate_pos_encoding=True`."
+                f"Images must be of {size} pixels (height, width), got ({height}, {width}): use the image processor, "
+                "or `interpolate_pos_encoding=True`."
             )
         grid = height // step[0], width // step[1]
         check_grid(grid, step, (height, width))
@@ -148,7 +201,10 @@ class TokenBackbone(Backbone):
     def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Prefix tokens and patch embeddings: (B, C, H, W) -> (B, P + N, D)."""
         pixel_values = pixel_values.to(self.stock.embeddings.patch_embeddings.projection.weight.dtype)
-        return self.stock.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self.stock.embeddings(pixel_values, **self._size_options(interpolate_pos_encoding))
+
+    def _size_options(self, interpolate_pos_encoding: bool) -> dict[str, bool]:
+        return {} if self.takes_any_size else {"interpolate_pos_encoding": interpolate_pos_encoding}
 
     def adapter_widths(self) -> Sequence[int]:
         return [self.config.hidden_size] * len(self.blocks())
@@ -158,7 +214,9 @@ class TokenBackbone(Backbone):
     ) -> tuple[Tensor, TokenRule | None]:
         head = self.attribution_head
         if members is None:
-            if not head.pooled or self.prefix == 0:
+            # Layers that drop what they add do so image by image, of which packed rows know nothing.
+            drops = self.training and getattr(self.config, "drop_path_rate", 0) > 0
+            if drops or not (head.pooled and self.reads_prefix):
                 return embeddings, None
             # Prefix tokens enter the layers alike for every image; by themselves they would read all of the weights
             # once more, and those that they are made of may be sharded or offloaded, out of reach here.
@@ -217,7 +275,7 @@ class TokenBackbone(Backbone):
             normed, lone = unpacked(normed, rule.images, self.prefix)
         prefix, cells = normed.tensor_split([rule.coalitions * self.prefix], dim=1)
         if not self.attribution_head.pooled:
-            return Read(cells, cells, None)
+            return Read(cells, self.votes(cells), None)
         voting = self.pool(prefix.unflatten(1, (rule.coalitions, self.prefix)), cells, rule.members)
         if lone is not None:
             return Read(cells, voting, self._pool_of_none(lone))
@@ -229,6 +287,9 @@ class TokenBackbone(Backbone):
 
     def empty_token(self) -> Tensor:
         """What the classifier reads where there is no patch at all: (D')."""
+        if not self.reads_prefix:
+            nothing = torch.zeros(1, 1, self.config.hidden_size, dtype=self.dtype, device=self._input_device)
+            return self.pool(nothing[:, :, None], nothing, None)[0, 0]
         shape = (1, self.config.num_channels, *_pair(self.config.image_size))
         state = self.embed(torch.zeros(shape, device=self._input_device))[:, : self.prefix]
         for block in self.blocks():
@@ -239,9 +300,8 @@ class TokenBackbone(Backbone):
         self, pixel_values: Tensor, interpolate_pos_encoding: bool, **wanted: Any
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         chosen = wanted.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        outputs = self.stock(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, **wanted
-        )
+        options = {**self._size_options(interpolate_pos_encoding), **wanted}
+        outputs = self.stock(pixel_values, output_hidden_states=True, **options)
         states = outputs.hidden_states  # what enters the first layer, and what each layer gives, before the norm
         kept: tuple[Tensor | None, ...] | None = states if chosen else None
         if kept and not isinstance(chosen, bool):  # as transformers gives states by their places
@@ -256,3 +316,14 @@ class TokenBackbone(Backbone):
 
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def mean_of_members(cells: Tensor, members: Tensor | None) -> Tensor:
+    """Mean of the players' tokens (B, N, D) over each coalition of bool (B, G, N), None = all: (B, G, D).
+
+    Over no player at all it is 0.
+    """
+    if members is None:
+        return cells.mean(1, keepdim=True)
+    sizes = members.sum(-1, keepdim=True).clamp(min=1)
+    return (sum_over_coalitions(members, cells) / sizes).to(cells.dtype)

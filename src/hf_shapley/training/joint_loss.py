@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..models.coalitions import coalitions_to_ids, importance_weights, sample_coalitions
-from ..models.heads import is_own_part, weight_of
+from ..models.heads import is_own_part
 from ..models.modeling_shapley import ShapleyImageClassifierOutput
 from .losses import coalition_loss, coalition_regression_loss, paired_residual_loss
 from .sharing import SharingTrainer
@@ -155,7 +155,7 @@ class JointLossTrainer(SharingTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if model.attribution_head.correction is None:
             return {}
-        weight = weight_of(model.classifier, errors.shape[-1], errors).detach().float()
+        weight = model.classifier_weight(errors).detach().float()
         errors = weight.square().sum(-1).mean().sqrt() * errors
         return {"readout": paired_residual_loss(errors, num_players, even_weight=0.0, weights=importance)}
 
