@@ -116,6 +116,13 @@ INTERNAL = {
         "ShapleyIJepaMLP",
         "ShapleyIJepaModel",
     },
+    "models/modeling_shapley_beit": {
+        "InfluenceBeitLayer",
+        "ShapleyBeitLayer",
+        "ShapleyBeitMLP",
+        "ShapleyBeitModel",
+        "restricted",
+    },
     "models/modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
     "models/pipeline_shapley": {
         "asked_of_the_game",

@@ -41,6 +41,7 @@ from .models.explaining import upsample_attributions
 from .models.heads import AttributionHead
 from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
+from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
@@ -108,6 +109,8 @@ __all__ = [
     "Game",
     "InsertionDeletion",
     "RankingCurves",
+    "ShapleyBeitConfig",
+    "ShapleyBeitForImageClassification",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
     "ShapleyDeiTConfig",

@@ -7,6 +7,9 @@ from typing import Any
 from transformers import (
     AutoConfig,
     BaseImageProcessor,
+    BeitConfig,
+    BeitForImageClassification,
+    BeitImageProcessorPil,
     BitImageProcessorPil,
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -30,6 +33,7 @@ from transformers import (
 )
 
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
@@ -140,6 +144,14 @@ FAMILIES: dict[str, Family] = {
         IJepaConfig,
         IJepaForImageClassification,
         ViTImageProcessorPil,
+        _small_tokens,
+    ),
+    "beit": Family(
+        ShapleyBeitConfig,
+        ShapleyBeitForImageClassification,
+        BeitConfig,
+        BeitForImageClassification,
+        BeitImageProcessorPil,
         _small_tokens,
     ),
 }
