@@ -46,10 +46,12 @@ from .models.coalitions import (
     shapley_kernel_size_probabilities,
 )
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .models.configuration_shapley_any import ShapleyAnyConfig
 from .models.explaining import upsample_attributions
 from .models.heads import AttributionHead
 from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
+from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
@@ -104,9 +106,11 @@ __all__ = [
     "Game",
     "InsertionDeletion",
     "RankingCurves",
+    "ShapleyAnyConfig",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
     "ShapleyEstimate",
+    "ShapleyForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
     "ShapleyModelCard",
@@ -205,11 +209,14 @@ def _register() -> None:
         AutoModelForImageClassification.register(config, model, exist_ok=True)
         AutoModel.register(config, model.features_class, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
+    AutoConfig.register(ShapleyAnyConfig.model_type, ShapleyAnyConfig, exist_ok=True)
+    AutoModelForImageClassification.register(ShapleyAnyConfig, ShapleyForImageClassification, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
     )
     # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
-    for published in (*(family.model for family in FAMILIES.values()), ShapleyImageClassificationPipeline):
+    models = (*(family.model for family in FAMILIES.values()), ShapleyForImageClassification)
+    for published in (*models, ShapleyImageClassificationPipeline):
         published.push_to_hub = push_with_card
 
 

@@ -5,7 +5,7 @@ its own coalition only. It knows nothing of labels, losses or explanations. Thro
 G coalitions in a structure, D the width of a token, D' that of what the classifier reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Backbone:
         """Pixels (B, C, H, W) to what enters the first layer, which does not yet mix players."""
         raise NotImplementedError
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[Callable[..., Any]]:
         """Everything from there to the last layer, in order; each takes (state, rule) and gives a state."""
         raise NotImplementedError
 
@@ -62,11 +62,11 @@ class Backbone:
         """The state after block `index`, adapted to what is absent; only under a structure, only with adapters."""
         raise NotImplementedError
 
-    def tokens(self, state: Tensor, rule: Any) -> Tensor:
+    def tokens(self, state: Any, rule: Any) -> Tensor:
         """A state as tokens, the players last: (B, T, D), T >= N."""
         raise NotImplementedError
 
-    def read(self, state: Tensor, rule: Any) -> Read:
+    def read(self, state: Any, rule: Any) -> Read:
         """What is read where the blocks end."""
         raise NotImplementedError
 

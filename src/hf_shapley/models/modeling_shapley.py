@@ -80,6 +80,8 @@ class ShapleyImageClassifierMixin(LoadingMixin, ExplainingMixin):
 
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
+    # Names of the linear layers whose mean the logits are.
+    classifier_names: tuple[str, ...] = ("classifier",)
 
     def _empty(self, token: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """Readout of the empty coalition (D), from its token (D) where there is one, and v(empty) (K)."""

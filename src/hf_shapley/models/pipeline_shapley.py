@@ -170,7 +170,7 @@ class ShapleyImageClassificationPipeline(Pipeline):
         if not hasattr(self.model, "coalition_values"):
             raise ValueError(
                 f"`model` must be a Shapley image classifier, got {type(self.model).__name__}: load the checkpoint "
-                "with ShapleyViTForImageClassification or ShapleyConvNextForImageClassification and train it."
+                "with AutoShapleyForImageClassification and train it."
             )
         if self.image_processor is None:
             raise ValueError("`image_processor` must be given: AutoImageProcessor.from_pretrained(checkpoint).")

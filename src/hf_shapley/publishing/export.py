@@ -121,7 +121,7 @@ def _example(model: Any, image_size: int | Sequence[int] | None) -> tuple[Tensor
     size = model.config.image_size if image_size is None else image_size
     height, width = check_pair((size, size) if isinstance(size, int) else size, "image_size", "a height and a width")
     model.grid_size(height, width)
-    weight = model.classifier.weight
+    weight = next(model.classifier.parameters())
     # Two images: with one, the batch dimension would be taken for a constant.
     example = torch.zeros(2, model.config.num_channels, height, width, dtype=weight.dtype, device=weight.device)
     return example, ({0: Dim("batch", min=1)},)

@@ -62,7 +62,7 @@ class ShapleyTrainer(JointLossTrainer):
         if model is not None and not hasattr(model, "coalition_values"):
             raise TypeError(
                 f"`model` must be a Shapley image classifier, got {type(model).__name__}: load the checkpoint with "
-                "ShapleyViTForImageClassification or ShapleyConvNextForImageClassification."
+                "AutoShapleyForImageClassification."
             )
         kwargs["data_collator"] = kwargs.get("data_collator") or collate
         super().__init__(model, args, **kwargs)
