@@ -87,6 +87,7 @@ TRACED = {
     "test_half_precision_gives_an_onnx_file_that_runs",
     "test_a_failed_export_leaves_the_file_there_was",
     "test_compiled_without_graph_breaks_it_trains_and_explains_the_same",
+    "test_a_program_takes_any_batch_size",
     "test_explain_compiles_without_graph_breaks",
     "test_inductor_gives_the_same_step",
 }

@@ -280,9 +280,14 @@ class ShapleyConfigMixin(Config):
             ) from error
         if found is not None:
             cls._check_type(found, repr(str(pretrained_model_name_or_path)))
-        if found == cls.plain_model_type:
-            config_dict = {**config_dict, "model_type": cls.model_type}
+            if found != cls.model_type:
+                config_dict = cls._of_plain(config_dict)
         return config_dict, kwargs
+
+    @classmethod
+    def _of_plain(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """A plain configuration's entries as ours."""
+        return {**entries, "model_type": cls.model_type}
 
     @classmethod
     def from_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
@@ -306,7 +311,7 @@ class ShapleyConfigMixin(Config):
         found = getattr(type(config), "model_type", cls.model_type)
         if found != cls.model_type:
             cls._check_type(found, "the configuration given")
-            entries = {**config.to_dict(), "model_type": cls.model_type, **options}
+            entries = {**cls._of_plain(config.to_dict()), **options}
             return cls(**entries, attn_implementation=config._attn_implementation)
         if options:
             config = copy.deepcopy(config)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BeitConfig
 from transformers.models.beit.modeling_beit import BeitLayer, BeitMLP, BeitModel, BeitPreTrainedModel
 
-from .configuration_shapley import TokenConfigMixin
+from .configuration_shapley import Fewest, Sizes, TokenConfigMixin
 from .modeling_shapley import ShapleyImageClassifierMixin
 from .token_backbone import PreNormLayer, TokenBackbone, TokenMLP, TokenRule, mean_of_members
 
@@ -25,7 +25,7 @@ class ShapleyBeitConfig(TokenConfigMixin, BeitConfig):
     plain_model_type = "beit"
 
     @classmethod
-    def _fewest_of_backbone(cls, sizes):
+    def _fewest_of_backbone(cls, sizes: Sizes) -> Fewest:
         needed, widths, layer = super()._fewest_of_backbone(sizes)
         needed["image_size"] *= sizes("use_absolute_position_embeddings")[0]
         return needed, widths, layer

@@ -333,11 +333,16 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def mean_of_members(cells: Tensor, members: Tensor | None) -> Tensor:
+def mean_of_members(cells: Tensor | None, members: Tensor | None) -> Tensor:
     """Mean of the players' tokens (B, N, D) over each coalition of bool (B, G, N), None = all: (B, G, D).
 
     Over no player at all it is 0.
+
+    Raises:
+        ValueError: there are no tokens, of whose width nothing is known.
     """
+    if cells is None:
+        raise ValueError("The mean of no tokens has no width.")
     if members is None:
         return cells.mean(1, keepdim=True)
     sizes = members.sum(-1, keepdim=True).clamp(min=1)
