@@ -1,6 +1,6 @@
 # make demo     train a small self-explaining model and look at its explanations
 # make test     run the tests, with a Chromium that it installs where there is none;
-#               PYTEST_ARGS="tests/test_losses.py -k efficiency" runs some of them
+#               PYTEST_ARGS="tests/training/test_losses.py -k paired" runs some of them
 # make lint     check style, types, dead code and layout
 # make coverage run the tests, show the lines of src/ that none reaches, and refuse less than 95 % of them
 # make quality  lint, docs and coverage: everything that must hold before a change goes in
