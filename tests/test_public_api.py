@@ -13,6 +13,7 @@ INTERNAL_MODULES = {
     "models/backbone",
     "models/checks",
     "models/evaluation_mode",
+    "models/groups",
     "models/inputs",
     "models/loading",
     "models/speed",

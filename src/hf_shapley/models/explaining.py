@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .checks import check_count, check_floats, check_pair
 from .coalitions import check_coalitions, with_complements
 from .evaluation_mode import evaluating
+from .groups import check_groups, spread_over_patches, summed_over_groups, with_patches_of
 from .heads import mapped, weight_of
 from .inputs import InputChecks
 from .posterior import ShapleyPosterior, coalitions_to_ask, shapley_posterior
@@ -45,6 +46,7 @@ class ExplainingMixin(InputChecks):
         labels: Sequence[int | str] | Tensor | None = None,
         *,
         evaluations: int = 0,
+        groups: Tensor | None = None,
         upsample: bool = False,
         interpolate_pos_encoding: bool | None = None,
         generator: torch.Generator | None = None,
@@ -56,12 +58,17 @@ class ExplainingMixin(InputChecks):
             labels: None for all K; L label ids or names, the same for every image; or a long tensor (B, L).
             evaluations: 0 takes the one pass as it is. From 2 to 16,384: so many values of the game bring it nearer to
                 the exact Shapley values, which half of their forwards under coalition structures cost.
-            upsample: spread each patch's value evenly over its pixels, which keeps the sum: (H, W) instead of (h, w).
+            groups: players of your own, the same for all images: long (h, w), the group 0 to P - 1 of each patch.
+                One pass gives the sums over their patches. Evaluations bring these nearer to the values of the game
+                in which a group comes and goes as a whole.
+            upsample: spread each patch's value, or each group's, evenly over its pixels, which keeps the sum: (H, W)
+                instead of (h, w).
             interpolate_pos_encoding: ViT: allow other image sizes than the config's.
             generator: source of randomness for `evaluations`, on the CPU; None uses torch's global one.
 
         Returns:
-            (B, K or L, h, w) float32 on the model's device; a map's sum is its label's logit less its base value.
+            (B, K or L, h, w), with `groups` (B, K or L, P), float32 on the model's device; the sum is the label's
+            logit less its base value.
 
         Raises:
             ValueError: for pixels or labels that do not fit, or an answer that is NaN or infinite.
@@ -74,10 +81,19 @@ class ExplainingMixin(InputChecks):
             outputs = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attributed=labels)
         self._check_answers(outputs)
         attributions = outputs.attributions
+        if groups is not None:
+            groups = check_groups(groups, grid, pixel_values.device)
+            attributions = summed_over_groups(attributions, groups)
         if evaluations > 1:
-            asked = self._ask(pixel_values, attributions, labels, evaluations, interpolate_pos_encoding, generator)
+            game = self.game(pixel_values, labels, groups=groups, interpolate_pos_encoding=interpolate_pos_encoding)
+            asked = _ask(game, attributions, evaluations, generator)
             attributions = torch.stack([found.values for found in asked]).to(attributions)
-        maps = attribution_maps(attributions, grid)  # (B, K or L, h, w)
+        if groups is None:
+            maps = attribution_maps(attributions, grid)  # (B, K or L, h, w)
+        elif upsample:
+            maps = spread_over_patches(attributions.transpose(1, 2), groups, grid)
+        else:
+            return attributions.transpose(1, 2)
         return upsample_attributions(maps, (pixel_values.shape[-2], pixel_values.shape[-1])) if upsample else maps
 
     @torch.no_grad()
@@ -121,30 +137,10 @@ class ExplainingMixin(InputChecks):
         if maps is not None:
             check_floats(maps, "maps", (*chosen.shape, *grid), "give those that `explain` gives for these labels")
             judged, judged_labels = maps.flatten(2).transpose(1, 2), chosen
-        asked = self._ask(pixel_values, judged, judged_labels, evaluations, interpolate_pos_encoding, generator)
+        game = self.game(pixel_values, judged_labels, interpolate_pos_encoding=interpolate_pos_encoding)
+        asked = _ask(game, judged, evaluations, generator)
         ratios = torch.stack([found.error_ratios for found in asked]).to(judged)  # (B, K or L)
         return ratios.gather(1, chosen) if maps is None else ratios
-
-    def _ask(
-        self,
-        pixel_values: Tensor,
-        attributions: Tensor,
-        labels: Tensor | None,
-        evaluations: int,
-        interpolate_pos_encoding: bool | None,
-        generator: torch.Generator | None,
-    ) -> list[ShapleyPosterior]:
-        """What evaluations say of each image's attributions, (B, N, K), or of its own labels (B, L), (B, N, L)."""
-        device = pixel_values.device
-        drawn = [
-            coalitions_to_ask(evaluations, num_players=attributions.shape[1], generator=generator, device="cpu")
-            for _ in pixel_values
-        ]
-        coalitions = torch.stack([torch.cat([torch.ones_like(rows[:1]), rows]) for rows in drawn])  # (B, R, N)
-        pairs = with_complements(coalitions).to(device)  # (B, 2 R, N)
-        values = self.game(pixel_values, labels, interpolate_pos_encoding=interpolate_pos_encoding)(pairs)
-        odd = ((values[:, 0::2] - values[:, 1::2]) / 2).double().cpu()
-        return list(map(shapley_posterior, attributions.double().cpu(), coalitions, odd))
 
     @torch.no_grad()
     def coalition_values(
@@ -192,6 +188,7 @@ class ExplainingMixin(InputChecks):
         pixel_values: Tensor,
         labels: Sequence[int | str] | Tensor | None = None,
         *,
+        groups: Tensor | None = None,
         batch_size: int = 1024,
         interpolate_pos_encoding: bool | None = None,
     ) -> Callable[[Tensor], Tensor]:
@@ -200,6 +197,7 @@ class ExplainingMixin(InputChecks):
         Args:
             pixel_values: (C, H, W) for the game of one image, (B, C, H, W) for one of many.
             labels: None for all K; else as for `explain`. An image's own may be a long tensor (L).
+            groups: players of your own, as for `explain`; coalitions are then of P groups in place of N patches.
             batch_size: coalition structures in one forward, over all images.
             interpolate_pos_encoding: ViT: allow other image sizes than the config's.
 
@@ -212,8 +210,9 @@ class ExplainingMixin(InputChecks):
         """
         is_one = isinstance(pixel_values, Tensor) and pixel_values.ndim == 3
         images = pixel_values.unsqueeze(0) if is_one else pixel_values
-        self._check_pixels(images, interpolate_pos_encoding, check_values=True)
+        grid = self._check_pixels(images, interpolate_pos_encoding, check_values=True)
         check_count(batch_size, "batch_size")
+        members = None if groups is None else check_groups(groups, grid, images.device)
         ids = None if labels is None else self._label_ids(labels, len(images))
 
         def values_of(coalitions: Tensor) -> Tensor:
@@ -224,6 +223,9 @@ class ExplainingMixin(InputChecks):
                     f"{tuple(coalitions.shape)}: give `game` many images (B, C, H, W) for (B, coalitions, players)."
                 )
             asked = coalitions.unsqueeze(0) if is_one else coalitions
+            if members is not None:
+                check_coalitions(coalitions, int(members.max()) + 1)
+                asked = with_patches_of(asked, members)
             values = self.coalition_values(
                 images, asked, batch_size=batch_size, interpolate_pos_encoding=interpolate_pos_encoding
             )
@@ -241,6 +243,20 @@ class ExplainingMixin(InputChecks):
         members = torch.stack([structures, ~structures], dim=2)  # (B, R, 2, N)
         readouts = self.attribution_head.readouts(self._played(embeddings, grid, members), members, empty)
         return self.classify((readouts if paired else readouts[:, :, :1]).flatten(1, 2))
+
+
+def _ask(
+    game: Callable[[Tensor], Tensor], attributions: Tensor, evaluations: int, generator: torch.Generator | None
+) -> list[ShapleyPosterior]:
+    """What evaluations of the game of many images say of their attributions, (B, N, L)."""
+    drawn = [
+        coalitions_to_ask(evaluations, num_players=attributions.shape[1], generator=generator, device="cpu")
+        for _ in attributions
+    ]
+    coalitions = torch.stack([torch.cat([torch.ones_like(rows[:1]), rows]) for rows in drawn])  # (B, R, N)
+    values = game(with_complements(coalitions).to(attributions.device))  # (B, 2 R, L)
+    odd = ((values[:, 0::2] - values[:, 1::2]) / 2).double().cpu()
+    return list(map(shapley_posterior, attributions.double().cpu(), coalitions, odd))
 
 
 def attribution_maps(attributions: Tensor, grid: tuple[int, int]) -> Tensor:
