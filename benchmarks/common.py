@@ -22,15 +22,14 @@ import torch
 from torch import nn
 
 import hf_shapley
-from hf_shapley import (
-    ShapleyConvNextConfig,
-    ShapleyConvNextForImageClassification,
-    ShapleyViTConfig,
-    ShapleyViTForImageClassification,
-)
+from hf_shapley.backbones import FAMILIES
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+
+# A head of each kind, beside the recommended one, which needs no options.
+VOTES = {"vote_readout": "patches", "influence_own_layers": 0, "influence_layers": 0}
+VOTES_AND_INFLUENCE = VOTES | {"influence_layers": 2, "influence_block": "mlp"}
 
 # Shapes of the published models; weights are random, which changes no timing.
 SHAPES: dict[str, dict] = {
@@ -56,17 +55,11 @@ SHAPES: dict[str, dict] = {
 
 
 def build(shape: str, *, plain: bool = False, seed: int = 0, **options) -> nn.Module:
-    """A random model of a published shape: ours, or with `plain` the stock one with its head of one vote per image."""
-    from transformers import ConvNextForImageClassification, ViTForImageClassification
-
+    """A random model of a published shape: ours, by default with the recommended head, or with `plain` the stock."""
     torch.manual_seed(seed)
-    is_vit = shape.startswith("vit")
-    config = (ShapleyViTConfig if is_vit else ShapleyConvNextConfig)(
-        **{"num_labels": 1000, **SHAPES[shape], **options}
-    )
-    if plain:
-        return (ViTForImageClassification if is_vit else ConvNextForImageClassification)(config)
-    return (ShapleyViTForImageClassification if is_vit else ShapleyConvNextForImageClassification)(config)
+    family = FAMILIES[shape.split("-")[0]]
+    config = family.config(**{"num_labels": 1000, **SHAPES[shape], **options})
+    return (family.plain_model if plain else family.model)(config)
 
 
 def machine() -> dict:

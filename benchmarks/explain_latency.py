@@ -14,6 +14,8 @@ import torch
 from common import (
     RESULTS,
     STEP,
+    VOTES,
+    VOTES_AND_INFLUENCE,
     build,
     compare,
     interleave,
@@ -26,12 +28,7 @@ from common import (
     write_result,
 )
 
-from hf_shapley import fine_tuning_recipe
-
-HEADS: dict[str, dict] = {
-    "votes": {"attribution_head": "votes"},
-    "votes+influence": {"attribution_head": "votes+influence"},
-}
+HEADS: dict[str, dict] = {"votes": VOTES, "votes+influence": VOTES_AND_INFLUENCE, "recommended": {}}
 GOAL = {"time": 1.02, "memory": 1.1}
 
 
@@ -61,8 +58,7 @@ def kept(count: Callable[[Callable], int]) -> int:
 
 def measure(shape: str, batch_size: int, repeats: int, starts: int, num_labels: int, threads: int) -> dict:
     """Time, operations and memory of both models."""
-    heads = HEADS | {"fine_tuning_recipe": fine_tuning_recipe(backbone=shape.split("-")[0])[0]}
-    models = {"plain": {"plain": True}} | {f"explained, {name}": options for name, options in heads.items()}
+    models = {"plain": {"plain": True}} | {f"explained, {name}": options for name, options in HEADS.items()}
     times: dict = {}
     for _ in range(starts):
         with own_processes(models) as processes:

@@ -39,8 +39,8 @@ PEAKS = {
 }
 JOINT = {  # name -> variant of training_cost.py
     "joint step": "joint",
-    "recommended step": "fine_tuning_recipe",
-    "recommended step, frozen": "fine_tuning_recipe, frozen",
+    "recommended step": "recommended",
+    "recommended step, frozen": "recommended, frozen",
 }
 MASKED = "step with masked copies"
 STEPS = ("plain step", *JOINT, MASKED, "plain forward", "explained forward")

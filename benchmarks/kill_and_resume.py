@@ -76,7 +76,7 @@ class Kill(NamedTuple):
 def make_trainer(folder: Path, backbone: str, accumulation: int, processes: int, **options) -> ShapleyTrainer:
     """A trainer in which everything that a resumed run could get wrong matters: dropout, order, momentum, schedule."""
     dropout = {"hidden_dropout_prob": 0.1} if backbone == "vit" else {"drop_path_rate": 0.2}
-    model = build(f"{backbone}-test", num_labels=5, attribution_head="votes+influence", **dropout)
+    model = build(f"{backbone}-test", num_labels=5, **dropout)
     generator = torch.Generator().manual_seed(3)
     data = [
         {"pixel_values": torch.randn(3, 16, 24, generator=generator), "labels": torch.tensor(i % 5)} for i in range(22)

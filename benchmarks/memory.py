@@ -73,7 +73,7 @@ def train(steps: int) -> list[float]:
             report_to=[],
             disable_tqdm=True,
         )
-        model = build("vit-test", num_labels=5, attribution_head="votes+influence")
+        model = build("vit-test", num_labels=5)
         note = Readings(steps)
         trainer = ShapleyTrainer(model, args, train_dataset=data, callbacks=[note])
         trainer.remove_callback(PrinterCallback)

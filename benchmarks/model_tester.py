@@ -21,22 +21,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from common import RESULTS, SHAPES, write_result
+from common import RESULTS, SHAPES, VOTES, write_result
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from hf_shapley import (
-    ShapleyConvNextConfig,
-    ShapleyConvNextForImageClassification,
-    ShapleyViTConfig,
-    ShapleyViTForImageClassification,
-    fine_tuning_recipe,
-)
+from hf_shapley.backbones import FAMILIES
 
-BACKBONES = {
-    "vit": (ShapleyViTConfig, ShapleyViTForImageClassification),
-    "convnext": (ShapleyConvNextConfig, ShapleyConvNextForImageClassification),
-}
 STAND_INS = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
 
 # What our models do otherwise on purpose, or what images do not have: pattern of the tests' names -> reason.
@@ -70,7 +60,7 @@ class Inputs:
     batch_size, is_training = 3, True
 
     def __init__(self, backbone: str, options: dict):
-        self.config_class = BACKBONES[backbone][0]
+        self.config_class = FAMILIES[backbone].config
         self.options = {**SHAPES[f"{backbone}-test"], "num_labels": 5, **options}
         if backbone == "vit":  # 24 patches and CLS
             self.seq_length, self.mask_length, self.num_masks = 25, 24, 12
@@ -101,18 +91,19 @@ def fetch_tests(folder: Path) -> None:
 
 def name_as_transformers_models() -> None:
     """Enter our classes where the mixin looks up by name what kind of model it has, and so what labels to give it."""
-    for config, model in BACKBONES.values():
-        modeling_auto.MODEL_MAPPING_NAMES[config.model_type] = model.features_class.__name__
-        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[config.model_type] = model.__name__
+    for family in FAMILIES.values():
+        name, model = family.config.model_type, family.model
+        modeling_auto.MODEL_MAPPING_NAMES[name] = model.features_class.__name__
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[name] = model.__name__
 
 
 def test_case(name: str) -> type[unittest.TestCase]:
-    """The mixin's tests of a classifier with the default or recommended head, or for what `AutoModel` loads."""
+    """The mixin's tests of a classifier with plain votes or the recommended head, or for what `AutoModel` loads."""
     from tests.test_modeling_common import ModelTesterMixin
 
     backbone, _, kind = name.partition(", ")
-    model = BACKBONES[backbone][1]
-    options = fine_tuning_recipe(backbone=backbone)[0] if kind == "recommended" else {}
+    model = FAMILIES[backbone].model
+    options = {} if kind == "recommended" else VOTES
 
     class Case(ModelTesterMixin, unittest.TestCase):
         all_model_classes = (model.features_class if kind == "features" else model,)

@@ -1,6 +1,6 @@
-"""Joint training against the published two-stage recipe: quality of the attributions per unit of training cost.
+"""Joint training against published recipes: quality of the attributions per unit of training cost.
 
-The peer is ViT-Shapley (arXiv:2206.05282): a surrogate learns the plain classifier's predictions under random masks;
+A peer is ViT-Shapley (arXiv:2206.05282): a surrogate learns the plain classifier's predictions under random masks;
 then an explainer, a second network, learns the Shapley values of the frozen surrogate from 32 paired masks per image.
 Written here on the same backbone, start checkpoint, images and optimizer as the joint model. Two things differ from
 the publication in the peer's favour: masks follow the true Shapley kernel, and logits are explained, not
@@ -11,34 +11,70 @@ in the same run; `counted_cost` counts passes over a batch, a forward as one and
 three. Each curve is one run, its quality measured on the way against the certificate of the game that is being
 explained: the surrogate's, or the joint model's own.
 
+On CIFAR-10, both start from one plain checkpoint:
+
     python benchmarks/recipe_study.py --data path/to/cifar10 --study peer --recipes plain --bf16
     python benchmarks/peer_amortized.py --data path/to/cifar10 --start outputs/recipe_study/peer/vit-seed0/start --bf16
+
+On scikit-learn's digits everything starts from nothing, and there is a third: ViaSHAP (arXiv:2505.04775), one network
+whose prediction is the sum of its attributions, after its authors' code for images. It has the same backbone, images,
+optimizer and counted cost, and each is judged in its own game and in that of the others: ViaSHAP's absent patches
+have zeroed pixels, those of the others are dropped.
+
+    python benchmarks/peer_amortized.py
 """
 
 import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from common import RESULTS, write_result
 from datasets import load_dataset
-from recipe_study import ATTENTION, Images, normalise, recipes
+from recipe_study import ATTENTION, RECIPES, Images, normalise
 from recipe_study import arguments as shared_arguments
+from sanity import SCRATCH_RATE, SHAPE, TUNING_RATE
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
+    set_seed,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from hf_shapley import (
     ShapleyTrainer,
     ShapleyTrainingArguments,
+    ShapleyViTConfig,
     ShapleyViTForImageClassification,
     attribution_error_certificate,
+    digits_dataset,
+    interaction_share,
+    kernel_shapley,
     sample_coalitions,
     shapley_loss,
 )
+from hf_shapley.training.digits import EVERYTHING_FLOWS, SHORT_RUN, VOTES, trainable
+
+Game = Callable[[Tensor, Tensor], Tensor]
+"""Images (B, C, H, W) and coalitions (B, M, N) -> values (B, M, K)."""
+VIASHAP_WEIGHT, VIASHAP_COALITIONS = 16.0, 2
+FROZEN_PAIRS = 4  # of each image and step, as the trainer has it where the classifier is frozen
+PLAIN_STEPS = 330
+"""Of the plain classifier of digits, and of its surrogate: 15 epochs."""
+NEARLY_EXACT, INTERACTION_IMAGES = 1024, 6
 
 
 def masked_logits(model: nn.Module, pixel_values: Tensor, coalitions: Tensor) -> Tensor:
@@ -104,6 +140,60 @@ class ExplainerTrainer(Trainer):
                 [masked_logits(self.surrogate, pixel_values, part) for part in coalitions.split(2, dim=1)], dim=1
             )
         return shapley_loss(phi, coalitions, values - empty)
+
+
+class ViaShap(nn.Module):
+    """A vote of each patch for each label, (B, N, K), whose sum is the prediction."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def attributions(self, pixel_values: Tensor) -> Tensor:
+        tokens = self.vit(pixel_values).last_hidden_state[:, 1:]
+        return self.classifier(tokens) / tokens.shape[1]
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.attributions(pixel_values).sum(1))
+
+
+def zeroed(pixel_values: Tensor, coalitions: Tensor) -> Tensor:
+    """Images whose absent patches, of a square grid, have zeroed pixels: (B, C, H, W), (B, M, N) -> (B M, C, H, W)."""
+    side = round(coalitions.shape[-1] ** 0.5)
+    step = pixel_values.shape[-1] // side
+    present = coalitions.unflatten(-1, (side, side)).repeat_interleave(step, -1).repeat_interleave(step, -2)
+    return (pixel_values.unsqueeze(1) * present.unsqueeze(2)).flatten(0, 1)
+
+
+@torch.no_grad()
+def zeroed_values(model: nn.Module, pixel_values: Tensor, coalitions: Tensor) -> Tensor:
+    """The game of zeroed pixels, of any classifier: (B, M, K)."""
+    return model(zeroed(pixel_values, coalitions)).logits.float().unflatten(0, coalitions.shape[:2])
+
+
+@torch.no_grad()
+def votes_of_present(model: ViaShap, pixel_values: Tensor, coalitions: Tensor) -> Tensor:
+    """The game of dropped patches: what the present ones, which see no other, vote together: (B, M, K)."""
+    images = pixel_values.repeat_interleave(coalitions.shape[1], dim=0)
+    mask = F.pad(coalitions.flatten(0, 1), (1, 0), value=True)
+    tokens = model.vit(images, attention_mask=mask.long()).last_hidden_state[:, 1:]
+    votes = model.classifier(tokens) / tokens.shape[1] * mask[:, 1:, None]
+    return votes.sum(1).unflatten(0, coalitions.shape[:2])
+
+
+class ViaShapTrainer(Trainer):
+    """MSE on one-hot labels, and 16 times that of f(0) + sum_{i in S} phi_i from f(x_S), gradients through both."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pixel_values = inputs["pixel_values"]
+        phi = model.attributions(pixel_values)
+        empty = model(torch.zeros_like(pixel_values[:1])).logits
+        coalitions = sample_coalitions(len(phi), VIASHAP_COALITIONS, num_players=phi.shape[1])
+        values = model(zeroed(pixel_values, coalitions)).logits.unflatten(0, coalitions.shape[:2])
+        wanted = F.one_hot(inputs["labels"], phi.shape[-1]).float()
+        regression = F.mse_loss(empty.unsqueeze(0) + coalitions.float() @ phi, values)
+        return F.mse_loss(phi.sum(1), wanted) + VIASHAP_WEIGHT * regression
 
 
 class Meter(TrainerCallback):
@@ -214,7 +304,7 @@ def peer(study: Study) -> dict:
 
 def joint(study: Study) -> dict:
     """The recipe named by the options, from the same start."""
-    options, recipe = study.options, recipes("vit")[study.options.recipe]
+    options, recipe = study.options, RECIPES[study.options.recipe]
     set_seed(options.seed)
     model = ShapleyViTForImageClassification.from_pretrained(options.start, **ATTENTION, **recipe.config)
 
@@ -226,18 +316,257 @@ def joint(study: Study) -> dict:
     steps = max(options.joint_at)
     args = arguments(ShapleyTrainingArguments, options, steps, **recipe.training)
     # A plain step, and pairs of coalitions in one pass over their image's tokens, some with a backward pass.
-    pairs = args.num_pairs * args.shapley_fraction
-    meter = Meter(options.joint_at, measure, study.plain_seconds, 3 + pairs * (1 + 2 * args.value_gradient_fraction))
+    passes = 3 + (args.num_pairs or 1) * (1 + 2 * args.value_gradient_fraction)
+    meter = Meter(options.joint_at, measure, study.plain_seconds, passes)
     study.fit(ShapleyTrainer, model, steps, [meter], args)
     return {"recipe": options.recipe, "curve": meter.points}
 
 
+class DigitsStudy:
+    """Digits, 16 players: every network starts from nothing, and may cost so many plain steps in all."""
+
+    def __init__(self, options):
+        self.options = options
+        processor, splits = ViTImageProcessorPil(size={"height": 8, "width": 8}), digits_dataset()
+        pixels = {
+            name: processor(split["image"][:], return_tensors="pt")["pixel_values"] for name, split in splits.items()
+        }
+        self.train = trainable(pixels["train"], splits["train"]["label"][:])
+        self.test, self.labels = pixels["test"], torch.tensor(splits["test"]["label"][:])
+        self.judges = self.test[options.first : options.first + options.images]
+        clock = Meter([30], lambda model: {}, 1.0, 3)
+        self.fit(Trainer, self.new(ViTForImageClassification), 30, [clock])
+        self.plain_seconds = clock.cost / 30
+
+    def new(self, cls: type, config: type = ViTConfig) -> nn.Module:
+        set_seed(self.options.seed)
+        return cls(config(**SHAPE))
+
+    def plain(self) -> tuple[ViTForImageClassification, Meter]:
+        """A plain classifier, and what it cost."""
+        model, meter = self.new(ViTForImageClassification), self.meter([PLAIN_STEPS], lambda model: {}, 3)
+        self.fit(Trainer, model, PLAIN_STEPS, [meter])
+        return model, meter
+
+    def meter(self, points: list[int], measure: Callable, passes: float, before: Meter | None = None) -> Meter:
+        return Meter(points, measure, self.plain_seconds, passes, before)
+
+    def fit(self, trainer_class, model, steps: int, callbacks=(), cls=TrainingArguments, attributes=(), **extra):
+        """Train for so many steps; `attributes` are what the trainer needs beside."""
+        set_seed(self.options.seed)
+        args = cls(
+            output_dir=str(self.options.output),
+            seed=self.options.seed,
+            max_steps=steps,
+            per_device_train_batch_size=64,
+            weight_decay=0.05,
+            logging_strategy="no",
+            disable_tqdm=True,
+            **{"learning_rate": SCRATCH_RATE, "warmup_steps": 50, **SHORT_RUN, **extra},
+        )
+        trainer = trainer_class(model, args, train_dataset=self.train, callbacks=list(callbacks))
+        trainer.remove_callback(PrinterCallback)
+        for name, value in dict(attributes).items():
+            setattr(trainer, name, value)
+        trainer.train()
+        model.eval()
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        return (model(self.test).logits.argmax(-1) == self.labels).double().mean().item()
+
+    @torch.no_grad()
+    def quality(self, game: Game, phi: Tensor, labels: Tensor) -> dict:
+        """The certificate of the maps of one label of each image: (B, N, K), (B)."""
+        chosen = phi.gather(2, labels.view(-1, 1, 1).expand(-1, phi.shape[1], 1)).detach()
+        games = [
+            lambda coalitions, x=x, label=label: game(x[None], coalitions[None])[0][:, label, None]
+            for x, label in zip(self.judges, labels, strict=True)
+        ]
+        options = {"budget": self.options.digits_budget, "generator": torch.Generator().manual_seed(0)}
+        found = attribution_error_certificate(games, chosen, **options)
+        return {
+            "error_ratio": found.error_ratio,
+            "interval": found.error_ratio_interval,
+            "correlation": found.correlation,
+        }
+
+    @torch.no_grad()
+    def interactions(self, game: Game) -> float:
+        """Share that nearly exact values leave unexplained, of a game of all labels."""
+        images, generator = self.judges[:INTERACTION_IMAGES], torch.Generator().manual_seed(0)
+        options = {"num_players": 16, "budget": NEARLY_EXACT, "sizes": "spread", "generator": generator}
+        exact = [kernel_shapley(lambda s, x=x: game(x[None], s[None])[0], **options).values for x in images]
+        values = partial(game, images)
+        return (
+            interaction_share(values, torch.stack(exact).float(), num_samples=500, generator=generator).mean().item()
+        )
+
+    def at_the_end(self, games: dict[str, Game], phi: Tensor, labels: Tensor) -> dict:
+        """Both games: what the map's error is, and how much of the game no map can show."""
+        return {
+            name: self.quality(game, phi, labels) | {"interaction_share": self.interactions(game)}
+            for name, game in games.items()
+        }
+
+
+def points(steps: int, count: int = 6) -> list[int]:
+    return sorted({max(1, round(steps * part / count)) for part in range(1, count + 1)})
+
+
+def digits_viashap(study: DigitsStudy) -> dict:
+    """One stage; three passes with their backward passes."""
+    model: ViaShap = study.new(ViaShap)
+    games: dict[str, Game] = {
+        "zeroed pixels": partial(zeroed_values, model),
+        "dropped": partial(votes_of_present, model),
+    }
+
+    @torch.no_grad()
+    def maps(spread: bool) -> tuple[Tensor, Tensor]:
+        phi, empty = model.attributions(study.judges), model(torch.zeros_like(study.judges[:1])).logits
+        labels = phi.sum(1).argmax(-1)
+        # That they add up to f(x), and not to f(x) - f(0), is made up for: evenly, which is best for the peer.
+        return phi - empty.unsqueeze(1) / phi.shape[1] if spread else phi, labels
+
+    def measure(model) -> dict:
+        return study.quality(games["zeroed pixels"], *maps(True)) | {"accuracy": study.accuracy(model)}
+
+    steps = study.options.cost // (1 + VIASHAP_COALITIONS)
+    meter = study.meter(points(int(steps)), measure, 3 * (1 + VIASHAP_COALITIONS))
+    study.fit(ViaShapTrainer, model, int(steps), [meter])
+    return {
+        "own_game": "zeroed pixels",
+        "curve": meter.points,
+        "at_the_end": study.at_the_end(games, *maps(True)),
+        "as_it_is": study.quality(games["zeroed pixels"], *maps(False)),
+    }
+
+
+def judged_in_own_game(study: DigitsStudy, model: ShapleyViTForImageClassification) -> tuple[Callable, Callable]:
+    """What measures our model on the way, and at the end."""
+    games: dict[str, Game] = {"dropped": model.coalition_values, "zeroed pixels": partial(zeroed_values, model)}
+
+    @torch.no_grad()
+    def maps() -> tuple[Tensor, Tensor]:
+        outputs = model(study.judges)
+        return outputs.attributions, outputs.logits.argmax(-1)
+
+    def measure(model) -> dict:
+        return study.quality(games["dropped"], *maps()) | {"accuracy": study.accuracy(model)}
+
+    return measure, lambda: study.at_the_end(games, *maps())
+
+
+def digits_joint(study: DigitsStudy) -> dict:
+    """Everything learns together from nothing, patches vote: a plain step, and a pair that is learned through."""
+    set_seed(study.options.seed)
+    model = ShapleyViTForImageClassification(ShapleyViTConfig(**SHAPE, **VOTES))
+    measure, at_the_end = judged_in_own_game(study, model)
+    steps = study.options.cost // 2
+    meter = study.meter(points(steps), measure, 3 + 3)
+    study.fit(ShapleyTrainer, model, steps, [meter], ShapleyTrainingArguments, **EVERYTHING_FLOWS)
+    return {"own_game": "dropped", "curve": meter.points, "at_the_end": at_the_end()}
+
+
+def digits_head_alone(study: DigitsStudy) -> dict:
+    """The recommended recipe: from the plain classifier a third of the rest together, then the head alone."""
+    plain, before = study.plain()
+    plain.save_pretrained(study.options.output / "plain")
+    model = ShapleyViTForImageClassification.from_pretrained(study.options.output / "plain")
+    measure, at_the_end = judged_in_own_game(study, model)
+    rest = study.options.cost - before.counted_cost
+    passes = 3 + 1 + 2 * ShapleyTrainingArguments.value_gradient_fraction
+    steps = int(rest / 3 / (passes / 3))
+    first = study.meter(points(steps, 2), measure, passes, before)
+    study.fit(ShapleyTrainer, model, steps, [first], ShapleyTrainingArguments, learning_rate=TUNING_RATE)
+    model.freeze_classifier()
+    passes = 1 + FROZEN_PAIRS + 0.5  # a forward, the pairs, and a backward pass through the head's one layer
+    steps = int(2 * rest / 3 / (passes / 3))
+    second = study.meter(points(steps, 4), measure, passes, before=first)
+    study.fit(ShapleyTrainer, model, steps, [second], ShapleyTrainingArguments, learning_rate=TUNING_RATE)
+    stages = {"together": first, "head alone": second}
+    curve = [{"stage": stage, **point} for stage, meter in stages.items() for point in meter.points]
+    return {"own_game": "dropped", "curve": curve, "at_the_end": at_the_end()}
+
+
+def digits_two_stages(study: DigitsStudy) -> dict:
+    """The plain classifier and its surrogate have as many steps, the explainer what is left of the cost."""
+    classifier, first = study.plain()
+    surrogate = copy.deepcopy(classifier)
+    second = study.meter([PLAIN_STEPS], lambda model: {}, 1 + 3, before=first)  # the teacher's forward, a plain step
+    options = {"attributes": {"teacher": classifier}, "learning_rate": TUNING_RATE}
+    study.fit(SurrogateTrainer, surrogate, PLAIN_STEPS, [second], **options)
+    games: dict[str, Game] = {
+        "dropped": partial(_dropped, surrogate),
+        "zeroed pixels": partial(zeroed_values, surrogate),
+    }
+    explainer = Explainer(surrogate)
+
+    @torch.no_grad()
+    def maps() -> tuple[Tensor, Tensor]:
+        return normalised(explainer, surrogate, study.judges)[0], surrogate(study.judges).logits.argmax(-1)
+
+    def measure(model) -> dict:
+        return study.quality(games["dropped"], *maps())
+
+    passes = 32 + 2 + 3
+    steps = int((study.options.cost - second.counted_cost) / (passes / 3))
+    third = study.meter(points(steps), measure, passes, before=second)
+    options = {"attributes": {"surrogate": surrogate}, "learning_rate": TUNING_RATE}
+    study.fit(ExplainerTrainer, explainer, steps, [third], **options)
+    return {
+        "own_game": "dropped",
+        "accuracy_classifier": study.accuracy(classifier),
+        "accuracy_surrogate": study.accuracy(surrogate),
+        "cost_before_the_explainer": second.counted_cost,
+        "curve": third.points,
+        "at_the_end": study.at_the_end(games, *maps()),
+    }
+
+
+@torch.no_grad()
+def _dropped(model: nn.Module, pixel_values: Tensor, coalitions: Tensor) -> Tensor:
+    return masked_logits(model, pixel_values, coalitions)
+
+
+def on_digits(options) -> None:
+    if options.cost < 3 * PLAIN_STEPS:
+        raise SystemExit(
+            f"--cost must be at least {3 * PLAIN_STEPS}: classifier and surrogate come before the explainer."
+        )
+    study = DigitsStudy(options)
+    last = options.first + options.images - 1
+    settings = {
+        "counted cost in plain steps of 64 images": options.cost,
+        "judged on": f"test images {options.first} to {last}, which chose nothing",
+        "evaluations of the certificate": options.digits_budget,
+        "learning rates": {"from nothing": SCRATCH_RATE, "later stages": TUNING_RATE},
+        "seed": options.seed,
+    }
+    results: dict = {"settings": settings, "plain_step_seconds": study.plain_seconds}
+    runs = {
+        "ViaSHAP": digits_viashap,
+        "fine-tuned, then head alone": digits_head_alone,
+        "surrogate and explainer": digits_two_stages,
+        "joint from nothing": digits_joint,
+    }
+    for name, run in runs.items():
+        print(name, flush=True)
+        results[name] = run(study)
+        print(results[name]["at_the_end"], flush=True)
+        write_result(RESULTS / "peer_amortized_digits.json", results)
+
+
 def main() -> None:
-    """Train both, print and write the curves."""
+    """Train all, print and write the curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder of CIFAR-10 for datasets.load_dataset")
-    parser.add_argument("--start", type=Path, required=True, help="plain ViT checkpoint that both start from")
-    joint_recipes = [name for name, recipe in recipes("vit").items() if recipe]
+    parser.add_argument("--data", help="folder of CIFAR-10 for datasets.load_dataset; default digits")
+    parser.add_argument("--start", type=Path, help="plain ViT checkpoint that both start from on CIFAR-10")
+    parser.add_argument("--cost", type=int, default=2500, help="on digits: plain steps that each recipe may cost")
+    parser.add_argument("--first", type=int, default=200, help="on digits: first of the test images that judge")
+    parser.add_argument("--digits-budget", type=int, default=512, help="on digits: evaluations for the certificate")
+    joint_recipes = [name for name, recipe in RECIPES.items() if recipe]
     parser.add_argument("--recipe", default="own game", choices=joint_recipes)
     parser.add_argument("--surrogate-steps", type=int, default=390)
     parser.add_argument("--explainer-at", type=int, nargs="+", default=[50, 100, 200])
@@ -251,6 +580,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/peer_amortized"))
     parser.add_argument("--result", type=Path, default=RESULTS / "peer_amortized.json")
     options = parser.parse_args()
+    if not options.data:
+        on_digits(options)
+        return
     study = Study(options)
     settings = {
         k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("data", "result")

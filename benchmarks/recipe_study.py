@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import made_by
+from common import VOTES_AND_INFLUENCE, made_by
 from datasets import load_dataset
 from recipe_runs import RUNS, add_run, has_run, make_row
 from torch import Tensor
@@ -37,12 +37,11 @@ from hf_shapley import (
     ShapleyTrainer,
     ShapleyTrainingArguments,
     ShapleyViTForImageClassification,
-    fine_tuning_recipe,
-    refinement_recipe,
 )
 from hf_shapley.faithfulness.certificate import attribution_error_certificate
 from hf_shapley.faithfulness.correlations import interaction_share
 from hf_shapley.faithfulness.curves import insertion_deletion
+from hf_shapley.training.digits import EVERYTHING_FLOWS
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -81,26 +80,20 @@ class Recipe:
     augmented: bool = True
 
 
-def recipes(backbone: str, learning_rate: float = 5e-4) -> dict[str, Recipe | None]:
-    """Name -> recipe; None is the control, plain training."""
-    config, training = fine_tuning_recipe(learning_rate, backbone)
-    adapted_config, adapted_training = fine_tuning_recipe(learning_rate, backbone, "adapted")
-    alone = refinement_recipe(learning_rate)
-    for options in (training, adapted_training, alone):
-        del options["learning_rate"]  # which all recipes share
-    return {
-        "plain": None,
-        "own game": Recipe(training, config),
-        "own game, then the head alone": Recipe(alone, start="own_game/model", epochs=8, frozen=True, augmented=False),
-        "own game, frozen": Recipe(alone, config, start="plain/model", epochs=8, frozen=True),
-        # Fewer images learn through v(S), which costs most of a step.
-        "own game, four pairs": Recipe(training | {"num_pairs": 4, "value_gradient_fraction": 0.125}, config),
-        "frozen with adapters": Recipe(adapted_training, adapted_config, start="plain/model", frozen=True),
-        "from scratch, everything flows": Recipe(
-            {"coalition_weight": 0.3, "shapley_warmup": 0.5},
-            {"attribution_head": "votes+influence", "influence_block": "mlp", "vote_gradient": 1.0},
-        ),
-    }
+# None is the control, plain training; a recipe that sets nothing is what the library does by default.
+RECIPES: dict[str, Recipe | None] = {
+    "plain": None,
+    "own game": Recipe(),
+    "own game, then the head alone": Recipe(start="own_game/model", epochs=8, frozen=True, augmented=False),
+    "own game, frozen": Recipe(start="plain/model", epochs=8, frozen=True),
+    # Fewer images learn through v(S), which costs most of a step.
+    "own game, four pairs": Recipe({"num_pairs": 4, "value_gradient_fraction": 0.125}),
+    "frozen with adapters": Recipe(config={"coalition_adapter_size": 64}, start="plain/model", frozen=True),
+    "from scratch, everything flows": Recipe(
+        EVERYTHING_FLOWS | {"coalition_weight": 0.3, "shapley_warmup": 0.5, "attribution_learning_rate": 5e-4},
+        VOTES_AND_INFLUENCE | {"attribution_gradient": True},
+    ),
+}
 
 
 class Images(torch.utils.data.Dataset):
@@ -248,7 +241,7 @@ def run(name: str, options, train_images: Images, test_images: Images, first_ima
         return
     work = options.output / slug(options.study) / f"{options.backbone}-seed{options.seed}"
     make_start(work / "start", options, first_images)
-    recipe = recipes(options.backbone, options.learning_rate)[name]
+    recipe = RECIPES[name]
     set_seed(options.seed)
     if recipe is None:
         model = PLAIN[options.backbone][0].from_pretrained(work / "start", **ATTENTION)
@@ -297,7 +290,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/recipe_study"))
     parser.add_argument("--results", type=Path, default=RUNS)
     options = parser.parse_args()
-    known = list(recipes(options.backbone))
+    known = list(RECIPES)
     names = options.recipes.split(";") if options.recipes else known
     if unknown := set(names) - set(known):
         raise SystemExit(f"Unknown recipes {sorted(unknown)}: choose from {known}.")

@@ -31,11 +31,9 @@ from hf_shapley import (
     ShapleyTrainingArguments,
     ShapleyViTForImageClassification,
     digits_dataset,
-    fine_tuning_recipe,
     kernel_shapley,
     permutation_shapley,
     refine,
-    refinement_recipe,
 )
 from hf_shapley.training.digits import SHORT_RUN, trainable
 
@@ -59,10 +57,9 @@ def explained_model(folder: Path, plain_epochs: int, head_epochs: int) -> Shaple
         args = TrainingArguments(str(folder), num_train_epochs=plain_epochs, learning_rate=1e-3, **SHARED)
         Trainer(plain, args, train_dataset=rows).train()
         plain.save_pretrained(folder / "plain")
-        model = ShapleyViTForImageClassification.from_pretrained(folder / "plain", **fine_tuning_recipe()[0])
+        model = ShapleyViTForImageClassification.from_pretrained(folder / "plain")
         model.freeze_classifier()
-        recipe = refinement_recipe(5e-4)
-        args = ShapleyTrainingArguments(str(folder), num_train_epochs=head_epochs, **SHARED, **recipe)
+        args = ShapleyTrainingArguments(str(folder), num_train_epochs=head_epochs, learning_rate=5e-4, **SHARED)
         ShapleyTrainer(model, args, train_dataset=rows).train()
         model.save_pretrained(folder / "model")
     return ShapleyViTForImageClassification.from_pretrained(folder / "model").eval()

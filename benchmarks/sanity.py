@@ -41,11 +41,9 @@ from hf_shapley import (
     digits_dataset,
     error_ratio,
     exact_shapley,
-    fine_tuning_recipe,
     kernel_shapley,
-    refinement_recipe,
 )
-from hf_shapley.training.digits import SHORT_RUN, trainable
+from hf_shapley.training.digits import EVERYTHING_FLOWS, SHORT_RUN, VOTES, trainable
 
 SHAPE = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, num_labels=10)
 SHAPE |= dict(image_size=8, patch_size=2)
@@ -67,6 +65,13 @@ LIMITS, WORDS = (0.35, 0.65), ("good", "rough", "do not trust")
 """Of a map's check, and what lies below each and above."""
 
 
+class LabelsAloneTrainer(ShapleyTrainer):
+    """The regression on the labels' values, without that on the whole readout."""
+
+    def _readout_term(self, *_: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
 @dataclass
 class Version:
     """How a model comes about: its recipe, its training data, and the plain version that it starts from."""
@@ -74,7 +79,7 @@ class Version:
     recipe: str
     data: str = "clean"
     start: str | None = None
-    readout_weight: float = 1.0
+    trainer: type[ShapleyTrainer] = ShapleyTrainer
     epochs: int | None = None
 
 
@@ -89,7 +94,7 @@ VERSIONS = {
     "trojaned, frozen, trojaned data": Version("frozen", "trojaned", "plain, trojaned"),
     "joint": Version("joint"),
     "trojaned, joint": Version("joint", "trojaned"),
-    "frozen, on labels alone": Version("frozen", "clean", "plain", readout_weight=0.0),
+    "frozen, on labels alone": Version("frozen", "clean", "plain", LabelsAloneTrainer),
     "joint, random labels": Version("joint", "random labels"),
     "plain, random labels": Version("plain", "random labels"),
     "frozen, random labels": Version("frozen", "random labels", "plain, random labels"),
@@ -137,8 +142,7 @@ class Study:
     def model(self, name: str) -> ShapleyViTForImageClassification:
         """The model of a version, in evaluation mode."""
         folder = self._trained(name)
-        options = fine_tuning_recipe()[0] if VERSIONS[name].recipe == "plain" else {}
-        return ShapleyViTForImageClassification.from_pretrained(folder, **options).eval()
+        return ShapleyViTForImageClassification.from_pretrained(folder).eval()
 
     def readouts(self, recipe: str) -> Tensor:
         """Shapley values of the readouts, (B, N, D), enumerated when first asked for."""
@@ -161,18 +165,16 @@ class Study:
             self._fit(Trainer, model, version, "plain", TrainingArguments, learning_rate=SCRATCH_RATE)
             return model
         if version.recipe == "joint":
-            model = ShapleyViTForImageClassification(ShapleyViTConfig(**SHAPE))
-            return self._fit(ShapleyTrainer, model, version, "joint", learning_rate=SCRATCH_RATE)
-        model_options, together = fine_tuning_recipe(TUNING_RATE)
-        start = self._trained(version.start or "plain")
-        model = ShapleyViTForImageClassification.from_pretrained(start, **model_options)
-        alone = refinement_recipe(TUNING_RATE) | {"readout_weight": version.readout_weight}
+            model = ShapleyViTForImageClassification(ShapleyViTConfig(**SHAPE, **VOTES))
+            options = {"learning_rate": SCRATCH_RATE, **EVERYTHING_FLOWS}
+            return self._fit(version.trainer, model, version, "joint", **options)
+        model = ShapleyViTForImageClassification.from_pretrained(self._trained(version.start or "plain"))
         if version.recipe == "frozen":
             model.freeze_classifier()
-            return self._fit(ShapleyTrainer, model, version, "frozen", **alone)
-        self._fit(ShapleyTrainer, model, version, "own game, together", **together)
+            return self._fit(version.trainer, model, version, "frozen", learning_rate=TUNING_RATE)
+        self._fit(version.trainer, model, version, "own game, together", learning_rate=TUNING_RATE)
         model.freeze_classifier()
-        return self._fit(ShapleyTrainer, model, version, "own game, head alone", **alone)
+        return self._fit(version.trainer, model, version, "own game, head alone", learning_rate=TUNING_RATE)
 
     def _fit(
         self,

@@ -15,6 +15,8 @@ import torch
 from common import (
     RESULTS,
     STEP,
+    VOTES,
+    VOTES_AND_INFLUENCE,
     build,
     compare,
     interleave,
@@ -26,18 +28,19 @@ from common import (
 )
 from torch.optim import AdamW
 
-from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments, fine_tuning_recipe
+from hf_shapley import ShapleyTrainer, ShapleyTrainingArguments
+from hf_shapley.training.digits import EVERYTHING_FLOWS
 
 VARIANTS: dict[str, tuple[dict, dict]] = {  # name -> (training arguments, model options)
-    "joint": ({}, {}),
-    "joint, half of the batch": ({"shapley_fraction": 0.5}, {}),
-    "joint, quarter learns through v(S)": ({"value_gradient_fraction": 0.25}, {}),
-    "joint, eighth learns through v(S)": ({"value_gradient_fraction": 0.125}, {}),
-    "joint, every second step": ({"shapley_every": 2}, {}),
-    "joint, v(S) detached": ({"value_gradient": 0.0}, {}),
-    "joint, influence head": ({}, {"attribution_head": "votes+influence"}),
+    "joint": (EVERYTHING_FLOWS, VOTES),
+    "joint, quarter learns through v(S)": (EVERYTHING_FLOWS | {"value_gradient_fraction": 0.25}, VOTES),
+    "joint, eighth learns through v(S)": (EVERYTHING_FLOWS | {"value_gradient_fraction": 0.125}, VOTES),
+    "joint, v(S) detached": (EVERYTHING_FLOWS | {"value_gradient": 0.0}, VOTES),
+    "joint, influence head": (EVERYTHING_FLOWS, VOTES_AND_INFLUENCE),
+    "recommended": ({}, {}),
+    "recommended, frozen": ({}, {}),
+    "frozen with adapters": ({}, {"coalition_adapter_size": 64}),
 }
-RECOMMENDED = ("fine_tuning_recipe", "fine_tuning_recipe, frozen")
 GOALS = {"vit": 2.05, "convnext": 2.2}
 
 
@@ -59,7 +62,7 @@ def plain_step(model, inputs: dict, precision: Precision = nullcontext) -> Calla
 
 
 def joint_step(model, inputs: dict, folder: str, precision: Precision = nullcontext, **options) -> Callable[[], None]:
-    """The trainer's step; with `shapley_every` above 1, that many steps."""
+    """The trainer's step."""
     args = ShapleyTrainingArguments(
         folder,
         per_device_train_batch_size=len(inputs["labels"]),
@@ -71,23 +74,21 @@ def joint_step(model, inputs: dict, folder: str, precision: Precision = nullcont
     optimizer = AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        for _ in range(args.shapley_every):
-            with precision():
-                loss = trainer.compute_loss(model, inputs)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            trainer.state.global_step += 1
+        with precision():
+            loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.state.global_step += 1
 
     return step
 
 
 def build_joint(shape: str, name: str, **options) -> tuple[torch.nn.Module, dict]:
-    """The model of a variant, or of a recommended recipe, in training mode, and its training arguments."""
-    model_options, training_options = fine_tuning_recipe(backbone=shape.split("-")[0])
-    args, changed = (VARIANTS | dict.fromkeys(RECOMMENDED, (training_options, model_options)))[name]
+    """The model of a variant, in training mode, and its training arguments."""
+    args, changed = VARIANTS[name]
     model = build(shape, **changed, **options).train()
-    if name.endswith("frozen"):
+    if "frozen" in name:
         model.freeze_classifier()
     return model, args
 
@@ -116,8 +117,6 @@ def measure(shape: str, name: str, batch_size: int, repeats: int, starts: int, t
                 process.submit(prepare, shape, kind, batch_size, threads, folder).result()
             # A process takes its memory over the first steps.
             pool(times, interleave(processes, repeats=repeats, warmup=4, clock=timed_there))
-    every = VARIANTS.get(name, ({}, {}))[0].get("shapley_every", 1)
-    times[name] = {clock: [t / every for t in seconds] for clock, seconds in times[name].items()}
     return compare(times, "plain")
 
 
@@ -127,7 +126,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--starts", type=int, default=3, help="of the processes; each repeats so often")
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, *RECOMMENDED], choices=[*VARIANTS, *RECOMMENDED])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=RESULTS / "training_cost.json")
     args = parser.parse_args()

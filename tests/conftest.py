@@ -82,11 +82,12 @@ def pixel_values() -> torch.Tensor:
 # The tracer of older versions stops at lines of transformers' own; those from 2.7 to 2.10 are not tested.
 TRACED = {
     "test_an_exported_model_takes_any_batch_size",
-    "test_a_saved_program_takes_any_batch_size_and_gives_the_same",
-    "test_an_onnx_file_takes_any_batch_size_and_gives_the_same",
+    "test_saved_programs_answer_alike_at_any_batch_size",
+    "test_onnx_files_answer_alike_at_any_batch_size",
     "test_half_precision_gives_an_onnx_file_that_runs",
     "test_a_failed_export_leaves_the_file_there_was",
-    "test_compiled_without_graph_breaks_it_trains_and_explains_the_same",
+    "test_compiled_models_train_and_explain_the_same",
+    "test_a_program_takes_any_batch_size",
     "test_explain_compiles_without_graph_breaks",
     "test_inductor_gives_the_same_step",
 }

@@ -484,7 +484,8 @@ def is_default(call: Call, argument: str, value: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_every_wrong_value_of_every_argument_is_refused_by_name(name, record_property):
+def test_every_wrong_argument_is_refused_by_name(name, record_property):
+    """Every wrong value of every argument is refused with an error that names the argument."""
     call = CALLS[name]
     tried = [
         (argument, value)
@@ -527,7 +528,8 @@ def tensors(draw_from, like: torch.Tensor):
 
 @settings(max_examples=400 * EFFORT, deadline=None, derandomize=True, database=None)
 @given(st.data())
-def test_any_tensor_in_place_of_an_argument_gives_a_finite_answer_or_a_refusal(data):
+def test_any_tensor_gives_finite_answers_or_a_refusal(data):
+    """Any tensor in place of an argument gives a finite answer or a refusal."""
     name, argument = data.draw(st.sampled_from(TENSORS))
     call = CALLS[name]
     value = data.draw(tensors(call.arguments[argument]))
@@ -549,7 +551,7 @@ def tensors_in(result: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name, argument", TENSORS)
-def test_a_tensor_on_another_device_than_the_rest_is_refused_by_name(name, argument):
+def test_tensors_on_another_device_are_refused_by_name(name, argument):
     """The meta device is one that every machine has; where shapes are enough, what comes out is on it too."""
     call = CALLS[name]
     why, result = outcome(call, argument, call.arguments[argument].to("meta"))
@@ -557,7 +559,8 @@ def test_a_tensor_on_another_device_than_the_rest_is_refused_by_name(name, argum
 
 
 @pytest.mark.parametrize("name, argument", TENSORS)
-def test_strides_and_history_of_a_tensor_do_not_matter(name, argument):
+def test_a_tensors_strides_and_history_do_not_matter(name, argument):
+    """The strides of a tensor do not change the answer, and one that records gradients is taken too."""
     call = CALLS[name]
     good = call.arguments[argument]
     expected = repeatable(call, good, argument)
@@ -572,7 +575,8 @@ def test_strides_and_history_of_a_tensor_do_not_matter(name, argument):
 @pytest.mark.parametrize(
     "name, argument", [case for case in TENSORS if CALLS[case[0]].arguments[case[1]].is_floating_point()]
 )
-def test_other_precisions_are_taken_and_change_the_answer_by_their_rounding(name, argument, dtype):
+def test_other_precisions_change_answers_only_by_rounding(name, argument, dtype):
+    """Arguments in another precision are taken, and change the answer by their rounding only."""
     call = CALLS[name]
     rounded = call.arguments[argument].to(dtype)
     expected = repeatable(call, rounded.float(), argument)
@@ -619,7 +623,8 @@ def test_truncated_weights_are_refused(kept, checkpoint):
 
 @settings(max_examples=12 * EFFORT, deadline=None, derandomize=True, database=None)
 @given(place=st.integers(0, 3000), byte=st.integers(0, 255), backbone=st.sampled_from(["vit", "convnext"]))
-def test_a_changed_byte_in_the_header_of_the_weights_is_refused_or_harmless(place, byte, backbone, checkpoints):
+def test_a_changed_header_byte_is_refused_or_harmless(place, byte, backbone, checkpoints):
+    """A changed byte in the header of the weights is refused, or leaves a model that still answers."""
     folder = checkpoints[backbone]
     path = folder / "model.safetensors"
     data = path.read_bytes()
@@ -633,7 +638,8 @@ def test_a_changed_byte_in_the_header_of_the_weights_is_refused_or_harmless(plac
     assert model(draw(1, 3, 16, 24)).logits.shape == (1, 5)
 
 
-def test_weights_that_do_not_belong_to_the_configuration_are_refused(checkpoint):
+def test_weights_unlike_their_configuration_are_refused(checkpoint):
+    """Weights that lack what the configuration says, go beyond it or have other sizes are refused."""
     path = checkpoint / "model.safetensors"
     weights = safetensors.torch.load_file(path)
     cls = model_class(checkpoint)
@@ -658,7 +664,8 @@ ANY_JSON = st.recursive(
 
 @settings(max_examples=100 * EFFORT, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), backbone=st.sampled_from(["vit", "convnext"]))
-def test_any_entry_of_a_configuration_file_gives_a_working_model_or_a_refusal(data, backbone, checkpoints):
+def test_any_configuration_entry_works_or_is_refused(data, backbone, checkpoints):
+    """Any value of an entry of a configuration file gives a working model or a refusal."""
     folder = checkpoints[backbone]
     text = (folder / "config.json").read_text()
     entries = json.loads(text)
@@ -686,7 +693,8 @@ def test_a_configuration_file_that_is_none_is_refused(text, checkpoint):
         cls.from_pretrained(checkpoint)
 
 
-def test_a_name_that_two_labels_share_is_refused_where_one_is_meant():
+def test_a_name_of_two_labels_is_refused():
+    """A name that two labels share is refused where one is meant, and their ids are taken."""
     model = make_model("vit", num_labels=3, id2label={0: "crane", 1: "ship", 2: "crane"}, label2id={})
     pixels = draw(1, 3, 16, 24)
     with pytest.raises(ValueError, match=r"\[0, 2\] share the name 'crane': give the id"):
@@ -705,7 +713,8 @@ def test_a_name_that_two_labels_share_is_refused_where_one_is_meant():
         lambda folder: shutil.rmtree(folder),
     ],
 )
-def test_the_command_says_in_one_line_which_model_is_damaged(damage, checkpoint, tmp_path, capsys):
+def test_the_command_names_a_damaged_model(damage, checkpoint, tmp_path, capsys):
+    """The command says which model is damaged, and draws nothing."""
     PICTURE.save(tmp_path / "picture.png")
     damage(checkpoint)
     arguments = ["explain", str(tmp_path / "picture.png"), "--model", str(checkpoint), "-o", str(tmp_path / "out.png")]
@@ -725,7 +734,8 @@ WORDS = ["explain", "push", "nonsense", "--model", "-o", "--top-k", "--label", "
 @example(["demo", "--seeds", "0"])
 @example(["demo", "--epochs", "-1"])
 @example(["demo", "--images", "0"])
-def test_any_command_line_ends_in_a_message_and_an_exit_code(arguments):
+def test_any_command_line_ends_in_an_exit_code(arguments):
+    """Any command line that makes no sense ends in exit code 1 or 2, and never in a traceback."""
     try:
         code = main(arguments)
     except SystemExit as end:  # argparse

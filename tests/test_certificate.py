@@ -42,7 +42,8 @@ def true_ratio():
 
 
 @pytest.mark.parametrize("estimator", ["kernel", "permutation"])
-def test_at_a_budget_for_all_coalitions_the_certificate_is_the_exact_comparison(estimator):
+def test_the_certificate_of_all_coalitions_is_exact(estimator):
+    """At a budget for all coalitions the certificate is the comparison with the exact values."""
     games, truth, attributions = population(5, seed=0, noise=0.3)
     certificate = attribution_error_certificate(games, attributions, budget=2**PLAYERS, estimator=estimator)
     errors = (attributions - truth).square().mean((1, 2))
@@ -59,7 +60,8 @@ def test_at_a_budget_for_all_coalitions_the_certificate_is_the_exact_comparison(
 
 
 @pytest.mark.parametrize("estimator", ["kernel", "permutation"])
-def test_error_and_variance_are_unbiased_at_a_small_budget(estimator):
+def test_small_budgets_give_unbiased_error_and_variance(estimator):
+    """At a small budget the error and the variance of each image are estimated without bias."""
     games, truth, attributions = population(6, seed=1, noise=0.3)
     errors = (attributions - truth).square().mean((1, 2))
     variances = truth.flatten(1).var(1, correction=0)
@@ -76,7 +78,8 @@ def test_error_and_variance_are_unbiased_at_a_small_budget(estimator):
 
 
 @pytest.mark.parametrize("estimator", ["kernel", "permutation"])
-def test_the_interval_covers_the_ratio_of_the_population_at_its_stated_rate(estimator, true_ratio):
+def test_intervals_cover_the_true_ratio_as_stated(estimator, true_ratio):
+    """The interval covers the error ratio of the population at its stated rate."""
     trials, confidence, covered = 150, 0.9, 0
     for seed in range(trials):
         games, _, attributions = population(30, seed=seed, noise=0.3)
@@ -87,7 +90,8 @@ def test_the_interval_covers_the_ratio_of_the_population_at_its_stated_rate(esti
     assert abs(covered / trials - confidence) < 2.5 * math.sqrt(confidence * (1 - confidence) / trials)
 
 
-def test_exact_attributions_have_an_interval_around_zero_and_a_correlation_near_one():
+def test_exact_attributions_have_intervals_around_zero():
+    """Exact attributions have an interval around zero, at its stated rate, and a correlation near one."""
     games, truth, _ = population(30, seed=2, noise=0.3)
     trials, covered = 100, 0
     for seed in range(trials):
@@ -120,7 +124,8 @@ def test_good_attributions_as_control_variate_narrow_the_interval():
     assert widths[1] < 0.1 * widths[0]
 
 
-def test_lazy_games_are_made_one_at_a_time_and_used_in_order():
+def test_lazy_games_are_made_just_before_use():
+    """Lazy games are made one at a time and used in their order."""
     games, truth, _ = population(3, seed=5, noise=0.3)
     made = []
 

@@ -49,7 +49,8 @@ def picture_width(path) -> int:
         return image.width
 
 
-def test_explain_writes_a_picture_and_prints_what_the_model_said(checkpoint, picture, tmp_path, capsys):
+def test_explain_draws_and_prints_the_models_answer(checkpoint, picture, tmp_path, capsys):
+    """The command `explain` writes a picture and prints what the model said of it, which adds up."""
     output = tmp_path / "new" / "out.png"
     assert main(["explain", picture, "--model", checkpoint, "-o", str(output), "--top-k", "3", "--json"]) == 0
     assert picture_width(output) > 100
@@ -170,7 +171,8 @@ def test_explain_takes_names_before_ids(checkpoint, picture, tmp_path, capsys):
     assert "an id, an integer below 5, got 12" in capsys.readouterr().err
 
 
-def test_explain_gives_a_model_of_grey_images_grey_levels(picture, tmp_path, capsys):
+def test_explain_gives_grey_models_grey_levels(picture, tmp_path, capsys):
+    """The command `explain` gives a model of grey images the grey levels of a picture."""
     folder = str(tmp_path / "model")
     model = make_model("vit", num_channels=1)
     model.save_pretrained(folder)
@@ -237,7 +239,8 @@ def test_evaluate_says_whose_game_was_played(tmp_path, capsys):
         ({"model": "nowhere/at-all"}, "nowhere/at-all"),
     ],
 )
-def test_a_bad_request_is_one_clear_line_and_nothing_written(checkpoint, picture, tmp_path, capsys, change, message):
+def test_a_bad_request_writes_nothing_but_a_message(checkpoint, picture, tmp_path, capsys, change, message):
+    """A bad request to `explain` ends in a clear message and exit code 1, and nothing is written."""
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty.png").touch()
     ViTForImageClassification(
@@ -262,7 +265,8 @@ def test_explain_says_that_attributions_were_not_trained(picture, tmp_path, caps
     assert len(json.loads(capsys.readouterr().out)) == 2  # which the warning leaves alone
 
 
-def test_the_demo_ends_with_a_model_results_figure_and_report(tmp_path, capsys):
+def test_the_demo_writes_model_results_figure_and_report(tmp_path, capsys):
+    """The demo ends with a model, its results, a figure and a report, and keeps no training folder."""
     output = tmp_path / "demo"
     assert main(["demo", "--backbone", "convnext", "--epochs", "1", "--images", "2", "-o", str(output)]) == 0
     results = json.loads((output / "results.json").read_text())
@@ -280,7 +284,8 @@ def test_the_demo_ends_with_a_model_results_figure_and_report(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", [["--seeds", "0"], ["--images", "451"], ["--epochs", "0"]])
-def test_a_demo_that_cannot_be_is_refused_before_anything_is_written(tmp_path, option, capsys):
+def test_impossible_demos_are_refused_before_writing_anything(tmp_path, option, capsys):
+    """A demo that cannot be is refused by the name of its option, before anything is written."""
     assert main(["demo", "-o", str(tmp_path / "demo"), *option]) == 1
     assert option[0].strip("-") in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
@@ -319,7 +324,8 @@ def test_train_then_evaluate_on_digits(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_damaged_picture_of_a_data_set_is_named(checkpoint, tmp_path, capsys, command):
+def test_a_data_sets_damaged_picture_is_named(checkpoint, tmp_path, capsys, command):
+    """The commands `train` and `evaluate` name a damaged picture of a data set, and write no results."""
     for index in range(4):
         path = tmp_path / "pictures" / "train" / f"kind {index % 2}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,8 @@ def test_sampled_sizes_follow_the_shapley_kernel(num_players):
 
 
 @pytest.mark.parametrize("num_players", [2, 3, 16, 196])
-def test_spread_sizes_follow_the_geometric_mean_and_weights_make_up_for_it(num_players):
+def test_spread_sizes_with_weights_follow_the_kernel(num_players):
+    """Spread sizes follow the geometric mean of the kernel and a uniform law, and weights make up for it."""
     draws = sample_coalitions(
         200_000, num_players=num_players, sizes="spread", generator=torch.Generator().manual_seed(0)
     )
@@ -76,7 +77,8 @@ def test_the_generator_alone_decides_the_draw():
 
 @given(num_players=st.integers(2, 10))
 @settings(deadline=None, max_examples=9)
-def test_enumeration_lists_each_coalition_once_with_its_complement_next(num_players):
+def test_every_coalition_is_enumerated_beside_its_complement(num_players):
+    """Enumeration lists each coalition once, its complement next to it, and begins with the empty one."""
     coalitions = enumerate_coalitions(num_players)
     codes = (coalitions * 2 ** torch.arange(num_players)).sum(-1)
     assert torch.equal(codes.sort().values, torch.arange(2**num_players))
@@ -108,7 +110,8 @@ def test_sums_keep_float32_under_autocast():
 
 
 @pytest.mark.parametrize("num_players", [-1, 0, 1])
-def test_a_game_of_fewer_than_two_players_is_refused(num_players):
+def test_a_game_needs_at_least_two_players(num_players):
+    """A game of fewer than two players is refused where coalitions are drawn or enumerated."""
     with pytest.raises(ValueError, match="at least 2 players"):
         sample_coalitions(1, num_players=num_players)
     with pytest.raises(ValueError, match="at least 2 players"):

@@ -51,7 +51,7 @@ def test_a_frozen_checkpoint_survives_being_saved_again(folder, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_plain_checkpoints_with_the_names_of_transformers_4_load(tmp_path):
+def test_plain_checkpoints_named_by_transformers_4_load(tmp_path):
     """Most ViT checkpoints on the Hub have weights named before transformers 5 renamed them."""
     model = make_model("vit")
     with torch.no_grad():
@@ -82,7 +82,8 @@ def test_plain_checkpoints_with_the_names_of_transformers_4_load(tmp_path):
         torch.testing.assert_close(loaded(torch.ones(1, 3, 16, 24)).logits, expected)
 
 
-def test_the_oldest_versions_tested_are_the_bounds_of_the_package():
+def test_oldest_tested_versions_are_the_packages_bounds():
+    """The oldest versions that are tested are the lower bounds of what the package requires."""
     package = configparser.ConfigParser()
     package.read(ROOT / "setup.cfg")
     required = package["options"]["install_requires"].split()

@@ -59,7 +59,8 @@ def assert_close(found: dict, expected: dict, **tolerance):
 
 
 @pytest.mark.parametrize("head", ["votes+influence", "adapted"])
-def test_compiled_without_graph_breaks_it_trains_and_explains_the_same(backbone, head):
+def test_compiled_models_train_and_explain_the_same(backbone, head):
+    """A model compiled without graph breaks has the same gradients, logits, attributions and votes."""
     model = small_model(backbone, head=head).train()
     # "aot_eager" shares with "inductor" all that can break a graph, and needs no C++ compiler.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -118,7 +119,8 @@ def test_gradient_checkpointing_leaves_gradients_alone(backbone, sums_only, use_
     assert_close(gradients(model, sums_only=sums_only), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_sums_over_coalitions_are_the_sums_of_what_each_player_has(backbone):
+def test_sums_only_adds_up_what_players_have(backbone):
+    """Sums over coalitions are the sums of the votes and attributions that each player has."""
     for head in ("votes", "votes+influence", "adapted"):
         model = make_model(backbone, head=head)
         players = model(**inputs())
@@ -137,7 +139,7 @@ def test_sums_over_coalitions_are_the_sums_of_what_each_player_has(backbone):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_half_precision_gives_the_same_attributions_and_an_exact_sum(backbone, dtype, tolerance, whole):
+def test_half_precision_keeps_attributions_and_an_exact_sum(backbone, dtype, tolerance, whole):
     """bfloat16 keeps 8 bits and float16 11: outputs of order 1 differ by a few times 2^-8 and 2^-11."""
     model = small_model(backbone)
     expected = model(**inputs())
@@ -157,7 +159,8 @@ def test_half_precision_gives_the_same_attributions_and_an_exact_sum(backbone, d
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_has_finite_gradients_close_to_full_ones(backbone, dtype):
+def test_half_precision_gradients_are_near_full_ones(backbone, dtype):
+    """Gradients under half-precision autocast are finite and point where those in full precision do."""
     model = small_model(backbone).train()
     expected = gradients(model, sums_only=True)
     with torch.autocast("cpu", dtype=dtype):

@@ -104,7 +104,8 @@ def two_processes(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("backbone, accumulation", RUNS)
-def test_two_processes_train_as_one_on_the_same_global_batch(backbone, accumulation, two_processes, tmp_path):
+def test_two_processes_learn_what_one_does(backbone, accumulation, two_processes, tmp_path):
+    """Two processes train to the losses and weights of one process on the same global batch."""
     single = train(tmp_path, backbone, accumulation=1, processes=1)
     name = f"{backbone}-{accumulation}"
     found = torch.load(two_processes / f"{name}.pt")
@@ -126,7 +127,8 @@ def test_two_processes_measure_the_attribution_error_of_one(two_processes, tmp_p
 
 
 @pytest.mark.parametrize("backbone", SHARDED)
-def test_shards_of_parameters_have_the_gradient_of_whole_ones(backbone, two_processes):
+def test_sharded_parameters_have_the_gradients_of_whole_ones(backbone, two_processes):
+    """Parameters sharded over two processes have the gradients of whole ones."""
     found = torch.load(two_processes / f"sharded-{backbone}.pt")
     model = make_model(backbone, head="adapted").train()
     joint_loss(model).backward()

@@ -95,7 +95,8 @@ def test_code_that_needs_a_network_compiles(path):
         compile(code, path, "exec")
 
 
-def test_every_setting_made_tiny_is_still_on_a_page():
+def test_every_shrunk_setting_is_on_a_page():
+    """Every setting that these tests make tiny is still on a page."""
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     assert [pattern for pattern in TINY if not re.search(pattern, text)] == []
 
@@ -163,7 +164,8 @@ def test_the_reference_covers_every_public_module():
 
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra `docs`")
-def test_the_site_builds_without_warnings_and_needs_no_other_site(tmp_path):
+def test_the_site_builds_strictly_and_stands_alone(tmp_path):
+    """The site builds without warnings, resolves its references and needs no other site."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

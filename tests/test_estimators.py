@@ -85,7 +85,8 @@ def test_additive_game_gives_back_its_weights():
     torch.testing.assert_close(result, weights, rtol=0, atol=1e-12)
 
 
-def test_airport_game_shares_each_stretch_of_runway_among_those_who_need_it():
+def test_airport_game_shares_each_stretch_among_users():
+    """The airport game shares each stretch of runway among those who need it."""
     costs = torch.tensor([1.0, 2.0, 2.0, 5.0, 7.0, 11.0], dtype=torch.double)
 
     def game(coalitions):
@@ -113,7 +114,8 @@ def test_exact_values_equal_the_average_over_all_orders(num_players):
     torch.testing.assert_close(result, shapley_by_definition(game, num_players), rtol=0, atol=1e-12)
 
 
-def test_exact_values_are_a_stationary_point_of_the_kernel_weighted_loss():
+def test_exact_values_make_the_weighted_loss_stationary():
+    """Exact values are a stationary point of the kernel-weighted loss among values of the same sum."""
     num_players = 6
     game = random_game(num_players, seed=3)
     phi = exact_shapley(game, num_players=num_players).requires_grad_()
@@ -133,7 +135,8 @@ def test_exact_values_are_a_stationary_point_of_the_kernel_weighted_loss():
 @pytest.mark.parametrize(
     "dtype, expected", [(torch.half, torch.float), (torch.float, torch.float), (torch.double, torch.double)]
 )
-def test_results_have_the_dtype_of_the_game_and_at_least_float32(dtype, expected):
+def test_results_have_the_games_dtype_or_float32(dtype, expected):
+    """Results have the dtype of the game, and at least float32."""
     table = random_game(8, seed=0)
 
     def game(coalitions):
@@ -145,7 +148,8 @@ def test_results_have_the_dtype_of_the_game_and_at_least_float32(dtype, expected
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_errors_are_covered_at_the_rate_that_the_standard_error_claims(name):
+def test_errors_are_as_large_as_standard_errors_claim(name):
+    """Errors lie within two standard errors as often as those claim."""
     game = random_game(9, seed=1)
     exact = exact_shapley(game, num_players=9)
     scores = []
@@ -157,7 +161,8 @@ def test_errors_are_covered_at_the_rate_that_the_standard_error_claims(name):
 
 
 @pytest.mark.parametrize("name", ["permutation", "antithetic", "unbiased", "paired unbiased", "spread unbiased"])
-def test_unbiased_estimators_average_to_the_exact_values_at_the_smallest_budget(name):
+def test_unbiased_estimates_average_to_the_exact_values(name):
+    """Unbiased estimators average to the exact values even at a small budget."""
     game = random_game(8, seed=2)
     exact = exact_shapley(game, num_players=8)
     errors = torch.stack(
@@ -168,7 +173,8 @@ def test_unbiased_estimators_average_to_the_exact_values_at_the_smallest_budget(
     assert scores.square().mean() < 2
 
 
-def test_a_good_control_variate_removes_most_of_the_variance_and_no_truth():
+def test_good_control_variates_remove_most_variance():
+    """A good control variate removes most of the variance and no truth: at most 5 % of it is left."""
     game = random_game(10, seed=4, additive=10.0)
     exact = exact_shapley(game, num_players=10)
     guess = exact + 0.1 * torch.randn(exact.shape, generator=seeded(5), dtype=torch.double)
@@ -183,7 +189,8 @@ def test_a_good_control_variate_removes_most_of_the_variance_and_no_truth():
     assert variance["with"] < 0.05 * variance["without"]
 
 
-def test_a_control_variate_of_the_wrong_sum_changes_nothing():
+def test_a_control_variates_sum_does_not_matter():
+    """A control variate of the wrong sum, by a constant for each player, changes nothing."""
     game = random_game(8, seed=4)
     guess = torch.randn(8, 2, generator=seeded(5), dtype=torch.double)
     options = {"num_players": 8, "budget": 100, "unbiased": True}
@@ -206,7 +213,8 @@ def test_additive_games_are_solved_without_error(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("budget", [80, 101, 127])
 @pytest.mark.parametrize("batch_size", [10, 4096])
-def test_the_reported_evaluations_are_the_ones_made_and_never_more_than_the_budget(name, budget, batch_size):
+def test_reported_evaluations_are_made_and_within_budget(name, budget, batch_size):
+    """The reported evaluations are the ones made, and never more than the budget."""
     game = Recorder(random_game(8, seed=0))
     estimate = SAMPLERS[name](game, num_players=8, budget=budget, batch_size=batch_size, generator=seeded(0))
     assert estimate.evaluations == game.evaluations <= budget
@@ -243,7 +251,8 @@ def test_batch_size_does_not_change_the_result(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_budget_for_all_coalitions_buys_the_exact_values(name):
+def test_budgets_for_all_coalitions_buy_exact_values(name):
+    """A budget for all coalitions buys the exact values, at the cost of each coalition once."""
     game = Recorder(random_game(5, seed=0))
     estimate = SAMPLERS[name](game, num_players=5, budget=40)
     assert torch.equal(estimate.values, exact_shapley(game.game, num_players=5))
@@ -252,7 +261,8 @@ def test_a_budget_for_all_coalitions_buys_the_exact_values(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_generator_replays_every_draw_and_the_global_one_is_left_alone(name):
+def test_generators_replay_draws_without_the_global_one(name):
+    """A generator replays every draw, and the global one is left alone."""
     game = random_game(8, seed=0)
     before = torch.get_rng_state()
     first, second = (SAMPLERS[name](game, num_players=8, budget=100, generator=seeded(7)).values for _ in range(2))
@@ -298,7 +308,8 @@ def test_interchangeable_players_get_the_same(seed, num_players):
 
 @property_settings
 @given(seed=seeds, name=st.sampled_from(sorted(SAMPLERS)))
-def test_sampled_values_are_efficient_and_linear_for_the_same_draws(seed, name):
+def test_samplers_keep_efficiency_and_linearity(seed, name):
+    """Sampled values are efficient, and for the same draws linear in the game."""
     first, second = random_game(7, seed), random_game(7, seed + 1)
 
     def estimate(game):
@@ -341,7 +352,8 @@ def test_a_game_that_answers_wrongly_is_refused(name, game, message):
         ("paired unbiased", 2 + 20),
     ],
 )
-def test_a_budget_below_the_least_one_is_refused_and_the_least_one_works(name, least):
+def test_only_budgets_below_the_least_are_refused(name, least):
+    """A budget below the least one is refused, and the least one works."""
     game = random_game(10, seed=0)
     with pytest.raises(ValueError, match=f"at least {least} evaluations for 10 players.*got {least - 1}"):
         SAMPLERS[name](game, num_players=10, budget=least - 1)
@@ -350,7 +362,9 @@ def test_a_budget_below_the_least_one_is_refused_and_the_least_one_works(name, l
     assert estimate.values.isfinite().all() and estimate.standard_errors.isfinite().all()
 
 
-def test_draws_that_do_not_determine_the_regression_are_refused(monkeypatch):
+def test_draws_of_an_undetermined_regression_are_refused(monkeypatch):
+    """Draws that do not determine the regression are refused."""
+
     def same_coalition(*shape, num_players, **_):
         return (torch.arange(num_players) < 3).expand(*shape, num_players)
 

@@ -57,7 +57,8 @@ def run(script: str, *arguments: str | Path, folder: Path) -> str:
     return result.stdout
 
 
-def test_training_from_scratch_writes_a_model_that_predicts_what_the_example_says(tmp_path):
+def test_models_trained_from_scratch_predict_what_was_written(tmp_path):
+    """Training from scratch writes a model that predicts what the example says."""
     arguments = [*SMALL_TRAINING, "--do_train", "--do_eval", "--do_predict", "--output_dir", "model"]
     run("run_shapley_image_classification.py", *arguments, folder=tmp_path)
     folder = tmp_path / "model"
@@ -76,7 +77,8 @@ def test_training_from_scratch_writes_a_model_that_predicts_what_the_example_say
     assert "digits" in (folder / "README.md").read_text()
 
 
-def test_a_folder_of_pictures_trains_a_plain_checkpoint_and_goes_on_where_it_stopped(tmp_path):
+def test_training_on_a_folder_resumes_where_it_stopped(tmp_path):
+    """A folder of pictures trains a plain checkpoint, and training goes on where it stopped."""
     for index in range(24):
         path = tmp_path / "pictures" / "train" / ("cat", "dog")[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,8 @@ def test_a_folder_of_pictures_trains_a_plain_checkpoint_and_goes_on_where_it_sto
     assert state["global_step"] == 4
 
 
-def test_text_labels_and_other_column_names_become_class_labels(tmp_path):
+def test_text_in_any_column_becomes_class_labels(tmp_path):
+    """Text labels in a column of another name become class labels; without that name they are refused."""
     rows = digits_dataset()
     rows = rows.map(lambda row: {"kind": "even" if row["label"] % 2 == 0 else "odd"}).remove_columns("label")
     rows.rename_column("image", "picture").save_to_disk(tmp_path / "rows")
@@ -148,7 +151,8 @@ def learning(model):
         (["--freeze_adapters", "--coalition_adapter_size", "4"], {"attribution_head"}),
     ],
 )
-def test_options_say_which_parts_of_a_plain_checkpoint_learn(plain, options, parts):
+def test_options_choose_what_of_a_checkpoint_learns(plain, options, parts):
+    """Options say which parts of a plain checkpoint learn, and the other defaults follow from them."""
     model_args, _, args = parse_arguments([*plain, *options])
     model, _ = load_model(model_args, ["a", "b"])
     assert learning(model) == parts and model.config.influence_own_layers == 1
@@ -178,7 +182,8 @@ def test_freezing_needs_a_classifier_to_keep(name):
         ModelArguments("plain", **{name: True}, ignore_mismatched_sizes=True)
 
 
-def test_explaining_an_image_prints_what_adds_up_and_draws_it(tmp_path):
+def test_an_explained_image_is_drawn_and_adds_up(tmp_path):
+    """Explaining an image prints a base value and patches that add up to the logit, and draws the maps."""
     text = run("explain_image.py", "--epochs", "1", "--top_k", "2", "-o", "out/picture.png", folder=tmp_path)
     lines = re.findall(r"^(\d) .*% +(\S+) +(\S+) +(\S+)$", text, flags=re.MULTILINE)
     assert len(lines) == 2
@@ -188,7 +193,8 @@ def test_explaining_an_image_prints_what_adds_up_and_draws_it(tmp_path):
         assert picture.width == 2 * 224 + 8
 
 
-def test_explaining_a_data_set_counts_every_row_and_goes_on(checkpoint, tmp_path):
+def test_an_explained_data_set_counts_every_row(checkpoint, tmp_path):
+    """Explaining a data set counts every row by its predicted label and draws the mean attributions."""
     arguments = ["--model", checkpoint, "--streaming", "-o", "out"]
     text = run("explain_dataset.py", *arguments, folder=tmp_path)
     assert "450 rows in out, 450 of them from this call." in text
@@ -198,7 +204,8 @@ def test_explaining_a_data_set_counts_every_row_and_goes_on(checkpoint, tmp_path
     assert (tmp_path / "out" / "mean_attributions.png").is_file()
 
 
-def test_faithfulness_is_measured_for_the_model_and_its_rivals(checkpoint, tmp_path):
+def test_faithfulness_is_measured_beside_rival_methods(checkpoint, tmp_path):
+    """Faithfulness is measured for the model and its rivals, and the model is better than chance."""
     arguments = ["--model", checkpoint, "--images", "4", "--budget", "2000", "-o", "out.json"]
     text = run("evaluate_faithfulness.py", *arguments, folder=tmp_path)
     results = json.loads((tmp_path / "out.json").read_text())

@@ -84,7 +84,8 @@ def test_rows_are_the_models_own_outputs(backbone, labels, expected, tmp_path):
     torch.testing.assert_close(found["attributions"], expected_maps, atol=1e-6, rtol=1e-5)
 
 
-def test_streams_give_the_same_files_as_data_sets_in_memory(tmp_path):
+def test_streamed_data_sets_give_the_same_files(tmp_path):
+    """Streams give the same files as data sets in memory; what was never encoded has other fingerprints."""
     data = picture_dataset()
     run(tmp_path / "memory", data)
     run(tmp_path / "stream", data.to_iterable_dataset(num_shards=4))
@@ -110,7 +111,8 @@ def test_paths_and_encoded_bytes_are_images_too(tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
 
 
-def test_a_stream_is_read_a_few_batches_ahead_at_most(tmp_path):
+def test_streams_are_read_only_slightly_ahead(tmp_path):
+    """A stream is read a few batches ahead of the model at most."""
     read, lead = [0], []
 
     def stream():
@@ -153,7 +155,8 @@ def test_a_complete_run_is_not_computed_again(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_another_model_label_or_length_does_not_mix_with_an_earlier_run(tmp_path):
+def test_other_models_labels_and_lengths_are_refused(tmp_path):
+    """A run with another model, other labels or another length is refused, and the earlier one stays."""
     run(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="other model"):
@@ -166,7 +169,8 @@ def test_another_model_label_or_length_does_not_mix_with_an_earlier_run(tmp_path
     assert contents(tmp_path) == before
 
 
-def test_a_broken_image_is_named_and_what_came_before_is_kept(tmp_path):
+def test_broken_images_are_named_and_earlier_files_kept(tmp_path):
+    """A broken image is named by its row, and the files written before it are kept."""
     encoded = [b"no image"] * ROWS
     for number in range(9):
         path = tmp_path / "x.png"
@@ -365,7 +369,8 @@ def test_numbers_of_numpys_kinds_are_numbers(tmp_path):
     assert load_explanations(tmp_path / "ids")[0]["label_ids"] == [3, 1]
 
 
-def test_a_model_of_grey_images_explains_a_data_set(tmp_path):
+def test_grey_image_models_explain_data_sets(tmp_path):
+    """A model of grey images explains a data set by the grey levels of its pictures."""
     model = make_model("vit", num_channels=1)
     grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])
     explain_dataset(model, picture_dataset(3), tmp_path, image_processor=grey, **OPTIONS)
@@ -391,7 +396,8 @@ def test_images_of_another_grid_are_refused(tmp_path):
     assert contents(tmp_path) == {}
 
 
-def test_the_model_keeps_its_mode_and_the_bar_shows_the_rate(tmp_path, capsys):
+def test_the_training_mode_stays_and_progress_is_shown(tmp_path, capsys):
+    """The model keeps its training mode, and the progress bar shows rows and images per second."""
     model = make_model("vit").train()
     run(tmp_path, model=model, show_progress=True)
     assert model.training

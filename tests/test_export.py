@@ -22,7 +22,8 @@ def batch(size: int) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11's own
 @pytest.mark.parametrize("block", ["mlp", "convolution", "backbone"])
-def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block, tmp_path):
+def test_saved_programs_answer_alike_at_any_batch_size(backbone, block, tmp_path):
+    """A saved program takes any batch size and gives the same as the model."""
     model = make_model(backbone, head="votes+influence", influence_block=block).train()
     torch.export.save(export_program(model, image_size=SIZE), tmp_path / "model.pt2")
     assert model.training
@@ -35,7 +36,8 @@ def test_a_saved_program_takes_any_batch_size_and_gives_the_same(backbone, block
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the exporter's own
-def test_an_onnx_file_takes_any_batch_size_and_gives_the_same(backbone, tmp_path):
+def test_onnx_files_answer_alike_at_any_batch_size(backbone, tmp_path):
+    """An ONNX file takes any batch size, gives the same as the model and holds what it takes to read it."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = make_model(backbone, head="adapted")

@@ -70,7 +70,8 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
     assert content(tmp_path) == {"new/file.txt": b"half"}
 
 
-def test_an_error_leaves_the_older_file_and_nothing_else(tmp_path):
+def test_an_error_leaves_only_the_older_file(tmp_path):
+    """An error while a file is written leaves the older file and nothing else."""
     path = tmp_path / "file.txt"
     path.write_text("older")
 
@@ -142,7 +143,7 @@ def test_a_folder_is_refused_before_the_work(tmp_path):
         pytest.fail("too late")
 
 
-def test_a_pipe_in_place_of_a_card_is_not_waited_for(tmp_path):
+def test_a_card_goes_into_a_pipe_without_waiting(tmp_path):
     """Nobody wrote a card into a device or a pipe: there is nothing to read before the new one goes there."""
     pipe = tmp_path / "card.md"
     os.mkfifo(pipe)
@@ -168,7 +169,8 @@ CARD = render_model_card({"model_name": "older"}, model_id="tester/older")
     ],
     ids=["card", "results"],
 )
-def test_cards_and_results_stay_as_they_were_on_a_full_disk(write, tmp_path):
+def test_a_full_disk_leaves_cards_and_results_alone(write, tmp_path):
+    """Cards and results stay as they were on a full disk."""
     path = tmp_path / "README.md"
     path.write_text(CARD)
     with room(1000), pytest.raises(OSError, match=NO_ROOM):
@@ -176,7 +178,8 @@ def test_cards_and_results_stay_as_they_were_on_a_full_disk(write, tmp_path):
     assert content(tmp_path) == {"README.md": CARD.encode()}
 
 
-def test_weights_are_whole_or_the_older_ones_on_a_full_disk(checkpoint, tmp_path):
+def test_a_full_disk_leaves_no_half_weights(checkpoint, tmp_path):
+    """Weights on a full disk are the older ones or not there, and never half of the new ones."""
     newer = make_model("vit", seed=1)
     with room(64_000):
         for folder in (checkpoint, tmp_path / "new"):
@@ -189,12 +192,14 @@ def test_weights_are_whole_or_the_older_ones_on_a_full_disk(checkpoint, tmp_path
         ShapleyViTForImageClassification.from_pretrained(tmp_path / "new")
 
 
-def test_a_push_from_a_full_disk_ends_before_the_hub_hears_of_it():
+def test_a_full_disk_ends_pushes_before_any_upload():
+    """A push from a full disk ends before the Hub hears of it."""
     with room(64_000), pytest.raises(SafetensorError, match=NO_ROOM):
         push_to_hub(make_model("vit"), PROCESSOR, "tester/model")  # which is offline, and would say so
 
 
-def test_a_picture_is_whole_or_not_there_on_a_full_disk(checkpoint, tmp_path, capsys):
+def test_a_full_disk_leaves_no_half_picture(checkpoint, tmp_path, capsys):
+    """A picture on a full disk is the older one or not there, and never half of the new one."""
     picture, output = tmp_path / "picture.png", tmp_path / "out" / "explained.png"
     Image.linear_gradient("L").save(picture)
     arguments = ["explain", str(picture), "--model", str(checkpoint), "-o", str(output)]
@@ -209,7 +214,8 @@ def test_a_picture_is_whole_or_not_there_on_a_full_disk(checkpoint, tmp_path, ca
     assert content(output.parent) == older
 
 
-def test_explanations_of_a_data_set_go_on_after_a_full_disk(tmp_path):
+def test_explanations_go_on_after_a_full_disk(tmp_path):
+    """Explanations of a data set go on after a full disk, and lack no row."""
     rows = Dataset.from_dict({"image": [Image.new("RGB", (24, 16), (25 * i, 0, 0)) for i in range(10)]})
     model, output = make_model("vit"), tmp_path / "explanations"
     options = {"image_processor": PROCESSOR, "shard_size": 4, "batch_size": 2, "show_progress": False}
@@ -221,7 +227,8 @@ def test_explanations_of_a_data_set_go_on_after_a_full_disk(tmp_path):
 
 
 @pytest.mark.parametrize("size", [64_000, 500_000], ids=["weights", "optimizer"])
-def test_training_ends_in_a_message_and_without_half_a_checkpoint_on_a_full_disk(size, tmp_path, capsys):
+def test_a_full_disk_leaves_no_half_checkpoint(size, tmp_path, capsys):
+    """Training on a full disk ends in a message, and leaves no half checkpoint that counts as complete."""
     output = tmp_path / "run"
     options = ["--max_train_samples", "32", "--max_eval_samples", "8", "--num_train_epochs", "1", "--use_cpu"]
     options += ["--disable_tqdm", "True", "--report_to", "none", "--save_steps", "1", "--output_dir", str(output)]

@@ -84,7 +84,8 @@ def test_what_is_measured_is_the_game_itself(demo, classifier, explanation):
     torch.testing.assert_close(empty.values, explanation.base_values)
 
 
-def test_a_click_removes_its_patch_and_a_second_one_puts_it_back(demo, classifier, explanation):
+def test_a_click_toggles_its_patch(demo, classifier, explanation):
+    """A click removes its patch, a second one puts it back, and one beside the picture does nothing."""
     width, height = explanation.picture.size
     present = demo.toggled(explanation, 0.9 * width, 0.1 * height)
     assert present.flatten().tolist() == [index != 3 for index in range(16)]
@@ -118,7 +119,7 @@ def test_too_large_and_broken_pictures_are_refused(demo, classifier, tmp_path):
         demo.Answers(classifier).on_picture(str(broken))
 
 
-def test_a_file_that_is_no_picture_is_answered_by_the_library(demo, classifier, tmp_path):
+def test_a_non_picture_is_answered_by_the_library(demo, classifier, tmp_path):
     """Gradio itself looks into no file that comes in: what it raised there left a blank page and no message."""
     path = tmp_path / "text.jpg"
     path.write_text("no picture")
@@ -136,7 +137,8 @@ def test_a_refusal_speaks_to_visitors(demo, classifier, tmp_path):
     assert "max_pixels" not in str(refused.value)
 
 
-def test_a_picture_that_would_be_enlarged_beyond_measure_is_refused(demo):
+def test_pictures_enlarged_beyond_measure_are_refused(demo):
+    """A picture that would be enlarged beyond measure is refused."""
     processor = ConvNextImageProcessorPil(size={"shortest_edge": 224})
     classifier = pipeline(TASK, model=make_model("convnext"), image_processor=processor, device="cpu")
     with pytest.raises(ValueError, match="enlarge it to 5120000 x 256"):
@@ -254,7 +256,8 @@ def choose(page, name: str, label: str) -> None:
     page.get_by_role("option", name=label, exact=True).click()
 
 
-def test_a_visitor_uploads_a_picture_asks_about_labels_and_removes_patches(browser, url, examples):
+def test_visitors_upload_ask_and_remove_patches(browser, url, examples):
+    """A visitor uploads a picture, asks about labels, removes patches and puts them back."""
     page = open_page(browser, url, examples[0])
     page.wait_for_selector("#map_a img")
     first = shown(page, "map_a")
@@ -291,7 +294,8 @@ def test_a_visitor_uploads_a_picture_asks_about_labels_and_removes_patches(brows
     assert len(asked) == 1  # a second answer of the same picture would put all patches back, whenever it comes
 
 
-def test_a_picture_that_comes_while_another_is_answered_is_not_lost(browser, url, examples):
+def test_pictures_during_an_answer_are_not_lost(browser, url, examples):
+    """A picture that comes while another is answered is not lost."""
     page = browser.new_page()
     held = []
     page.route("**/queue/join*", lambda route: route.continue_() if held else held.append(route))

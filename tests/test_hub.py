@@ -163,7 +163,8 @@ def test_a_pushed_model_has_a_card(pushed, hub):
 @pytest.mark.parametrize(
     "name, revision", [("convnext", "main"), ("piped", "second"), ("saved", "main"), ("requested", "refs/pr/1")]
 )
-def test_models_and_pipelines_publish_the_same_card_by_themselves(pushed, hub, name, revision):
+def test_models_and_pipelines_publish_cards_by_themselves(pushed, hub, name, revision):
+    """Models and pipelines publish the generated card by themselves, all in one commit."""
     card = ModelCard(hub.files(name, revision)["README.md"].content.decode())
     assert GENERATED in card.text
     assert "cat, dog" in card.text
@@ -178,18 +179,21 @@ def test_a_pull_request_leaves_the_main_branch_alone(pushed, hub):
     assert hub.files("requested", "refs/pr/1")["model.safetensors"] == hub.files("vit")["model.safetensors"]
 
 
-def test_a_model_saved_and_published_at_once_lies_in_both_places(pushed, hub, folder):
+def test_a_model_saves_and_publishes_at_once(pushed, hub, folder):
+    """A model saved and published at once lies in both places, with a card on the Hub only."""
     content = (folder / "published" / "model.safetensors").read_bytes()
     assert hub.files("saved")["model.safetensors"].sha256 == hashlib.sha256(content).hexdigest()
     assert not (folder / "published" / "README.md").exists()
 
 
-def test_a_model_keeps_a_card_that_somebody_wrote_on_the_hub(pushed, hub):
+def test_models_keep_cards_written_on_the_hub(pushed, hub):
+    """A model keeps a card that somebody wrote on the Hub, and publishes its weights beside it."""
     assert hub.files("mine")["README.md"].content.decode() == USERS_CARD
     assert hub.files("mine")["model.safetensors"] == hub.files("vit", "second")["model.safetensors"]
 
 
-def test_without_an_answer_about_the_card_nothing_is_published(pushed, hub):
+def test_an_unanswered_card_question_stops_the_push(pushed, hub):
+    """Nothing is published while the Hub does not say whether it has a card."""
     for who in ("no answer", "no answer to a trainer"):
         assert pushed[who].startswith("ConnectionError: The Hub does not say whether tester/mute has a card")
     assert hub.files("mute") == {}
@@ -198,7 +202,8 @@ def test_without_an_answer_about_the_card_nothing_is_published(pushed, hub):
 # ---- the shell, over Xet
 
 
-def test_the_shell_publishes_all_that_loading_needs_over_xet(pushed_by_shell, xet_hub):
+def test_the_shell_publishes_whole_models_over_xet(pushed_by_shell, xet_hub):
+    """The shell publishes all that loading needs over Xet, into a branch or in private where asked."""
     for name, outcome, revision in (
         ("shell", "push", "main"),
         ("shell", "branch", "v2"),
@@ -230,7 +235,8 @@ def test_what_the_shell_published_over_xet_comes_back(loaded, xet_hub):
     assert "read" in xet_hub.xet_tokens
 
 
-def test_the_shell_says_in_one_line_what_it_is_refused(pushed_by_shell, xet_hub):
+def test_the_shell_says_what_it_is_refused(pushed_by_shell, xet_hub):
+    """The shell says what it is refused and why, and publishes nothing."""
     reasons = {"wrong token": "401", "broken results": "broken.json", "nameless results": "`model_name`"}
     for outcome, reason in reasons.items():
         code, printed, error = pushed_by_shell[outcome]
@@ -261,7 +267,8 @@ def test_the_trainer_publishes_its_results_and_recipe(pushed, hub):
     assert "steps: 2" in card.text
 
 
-def test_the_trainer_keeps_a_card_that_somebody_wrote_on_the_hub(pushed, hub):
+def test_the_trainer_keeps_cards_written_on_the_hub(pushed, hub):
+    """The trainer keeps a card that somebody wrote on the Hub."""
     assert hub.files("trained")["README.md"].content.decode() == USERS_CARD
 
 
@@ -311,7 +318,8 @@ def test_weights_come_back_equal(with_library):
     assert with_library["same"] == dict.fromkeys(("vit", "vit-2", "convnext", "trained"), True)
 
 
-def test_the_library_needs_no_trust_and_uses_its_own_code(with_library):
+def test_the_library_runs_its_own_code_without_trust(with_library):
+    """The library needs no trust in a repository and uses its own code."""
     assert with_library["classes"] == [
         "hf_shapley.models.modeling_shapley_vit",
         "hf_shapley.models.modeling_shapley_convnext",
@@ -339,7 +347,8 @@ def test_a_revision_is_another_model(pushed):
     assert pushed["logits"]["vit"] != pytest.approx(pushed["logits"]["vit-2"], abs=1e-3)
 
 
-def test_the_trusted_pipeline_explains_and_can_be_saved_again(with_library, without_library):
+def test_trusted_pipelines_explain_and_save_again(with_library, without_library):
+    """The trusted pipeline explains as the library does, and can be saved again."""
     assert without_library["entries"] == with_library["entries"]
     assert without_library["saved again"]
 
@@ -374,7 +383,8 @@ def test_only_shapley_models_are_published(pushed):
     assert "must be a Shapley image classifier, got Linear" in pushed["no Shapley model"]
 
 
-def test_an_interrupted_upload_leaves_the_repository_as_it_was(loaded, hub, folder):
+def test_interrupted_uploads_leave_the_repository_alone(loaded, hub, folder):
+    """An interrupted upload leaves the repository as it was."""
     before, stored = hub.files("vit"), len(hub.large)
     hub.uploads.open.clear()
     process = start("push_and_be_killed", folder, hub.address)

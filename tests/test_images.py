@@ -31,7 +31,8 @@ def png_header(width, height):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I", "I;16", "I;16B", "I;16L"])
-def test_every_usual_mode_becomes_rgb_of_the_same_size(mode):
+def test_usual_modes_become_rgb_of_equal_size(mode):
+    """A picture of every usual mode becomes RGB of the same size."""
     converted = to_rgb(Image.new(mode, (3, 2)))
     assert (converted.mode, converted.size) == ("RGB", (3, 2))
 
@@ -42,7 +43,8 @@ def test_grey_levels_are_repeated_in_each_channel():
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 @pytest.mark.parametrize("level, expected", [(0, 0), (257, 1), (128 * 257, 128), (65535, 255), (128, 0), (129, 1)])
-def test_sixteen_bit_levels_are_scaled_and_not_cut_off_at_255(mode, level, expected):
+def test_sixteen_bit_levels_are_scaled_not_clipped(mode, level, expected):
+    """Sixteen-bit levels are scaled and not cut off at 255."""
     image = Image.new("I", (2, 1), level).convert(mode)
     assert to_rgb(image).getpixel((1, 0)) == (expected, expected, expected)
 
@@ -147,7 +149,8 @@ def test_arrays_that_cannot_be_told_are_refused(array):
         load_image(array)
 
 
-def test_open_files_and_streams_are_read_from_their_start(tmp_path):
+def test_open_files_are_read_from_their_start(tmp_path):
+    """Open files and streams are read from their start; empty ones and text files are refused."""
     data = encoded(Image.new("RGB", (2, 2), RED), format="PNG")
     stream = io.BytesIO()
     stream.write(data)  # as `image.save(stream)` leaves it, at its end
@@ -161,12 +164,14 @@ def test_open_files_and_streams_are_read_from_their_start(tmp_path):
         load_image(io.BytesIO())
 
 
-def test_a_huge_picture_that_pillow_has_opened_is_not_decoded():
+def test_huge_pictures_opened_by_pillow_stay_undecoded():
+    """A huge picture that Pillow has opened is refused and not decoded."""
     with pytest.raises(ValueError, match="at most 64000000 pixels are accepted, got 8001 x 8000"):
         load_image(Image.open(io.BytesIO(png_header(8001, 8000))))
 
 
-def test_a_broken_picture_that_pillow_has_opened_is_refused():
+def test_broken_pictures_opened_by_pillow_are_refused():
+    """A broken picture that Pillow has opened is refused."""
     data = encoded(Image.effect_noise((64, 64), 90), format="PNG")
     with pytest.raises(OSError, match="as a picture"):
         load_image(Image.open(io.BytesIO(data[: len(data) // 2] + bytes(100))))
@@ -285,7 +290,8 @@ def test_formats_that_start_other_programs_are_refused():
         load_image(encoded(Image.new("RGB", (4, 4)), format="EPS"))
 
 
-def test_a_huge_picture_is_refused_from_its_header_alone():
+def test_huge_pictures_are_refused_by_their_header():
+    """A huge picture is refused from its header alone."""
     with pytest.raises(ValueError, match="at most 64000000 pixels are accepted, got 8001 x 8000"):
         load_image(png_header(8001, 8000))
 
@@ -297,7 +303,8 @@ def test_a_decompression_bomb_is_refused(side):
         load_image(png_header(side, side))
 
 
-def test_the_pixel_limit_is_inclusive_and_holds_for_pillow_images():
+def test_pillow_images_obey_the_inclusive_pixel_limit():
+    """The pixel limit is inclusive and holds for Pillow's images as for encoded ones."""
     image = Image.new("RGB", (10, 10))
     assert load_image(image, max_pixels=100).size == (10, 10)
     with pytest.raises(ValueError, match="at most 99 pixels"):
@@ -306,7 +313,8 @@ def test_the_pixel_limit_is_inclusive_and_holds_for_pillow_images():
         load_image(encoded(image, format="PNG"), max_pixels=99)
 
 
-def test_what_a_data_set_did_not_decode_is_read_by_its_bytes_and_named_by_its_path(tmp_path):
+def test_undecoded_rows_are_read_and_named(tmp_path):
+    """What a data set did not decode is read by its bytes or its path, and named by its path."""
     data = encoded(Image.new("RGB", (2, 1), RED), format="PNG")
     (tmp_path / "red.png").write_bytes(data)
     for source in ({"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": str(tmp_path / "red.png")}):

@@ -58,7 +58,8 @@ def test_an_explanation_adds_up_to_the_logits(model, pixel_values):
     np.testing.assert_allclose(totals, outputs.logits.detach().numpy(), atol=1e-5)
 
 
-def test_an_explanation_of_one_label_is_found_by_its_name(model, pixel_values):
+def test_explanations_are_found_by_label_name(model, pixel_values):
+    """An explanation of one label is found by its name."""
     optional("shap")
     maps = model.explain(pixel_values, labels=[1, 3])
     explanation = to_shap_explanation(maps, torch.tensor([1.0, 3.0]), label_names=["bee", "dog"])
@@ -302,7 +303,8 @@ def test_formatted_data_sets_are_explained(kind, named_model, dataset):
     np.testing.assert_allclose(formatted["attributions_logit"][:], plain, atol=1e-6)
 
 
-def test_a_model_of_grey_images_explains_a_data_set(dataset):
+def test_grey_image_models_explain_data_sets(dataset):
+    """A model of grey images explains a data set by the grey levels of its pictures."""
     model = make_model("vit", num_channels=1, **NAMES)
     grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])
     pixel_values = grey(images=[row["image"].convert("L") for row in dataset], return_tensors="pt")["pixel_values"]
@@ -311,7 +313,8 @@ def test_a_model_of_grey_images_explains_a_data_set(dataset):
     torch.testing.assert_close(torch.tensor(explained["attributions_logit"][:]), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_unlabelled_rows_are_refused_when_true_labels_are_asked_for(named_model, dataset):
+def test_true_labels_of_unlabelled_rows_are_refused(named_model, dataset):
+    """Unlabelled rows are refused when true labels are asked for."""
     unlabelled = dataset.map(lambda row: {"label": -1})
     with pytest.raises(ValueError, match="got -1"):
         add_attributions(unlabelled, named_model, PROCESSOR, label_column="label")

@@ -128,7 +128,8 @@ def test_a_checkpoints_labels_are_found_by_name(frozen, tmp_path):
         assert [model.config.id2label[seen[split][row]["labels"]] for row in range(4)] == told
 
 
-def test_labels_that_were_never_named_are_taken_by_number(tmp_path):
+def test_labels_never_named_are_taken_by_number(tmp_path):
+    """Labels that a checkpoint never named are taken by their number."""
     save_checkpoint(tmp_path / "model", None)
     assert load(tmp_path / "model").config.id2label == dict(enumerate(NAMES))
 
@@ -227,7 +228,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     assert train[row]["image"]["path"] == str(path)
 
 
-def test_the_trainer_names_a_picture_that_cannot_be_read(tmp_path):
+def test_the_trainer_names_an_unreadable_picture(tmp_path):
     """Of a data set that decodes its pictures itself too; an error of the caller's own stays what it is."""
     stored = []
     for place in range(4):

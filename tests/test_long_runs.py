@@ -42,7 +42,8 @@ def demo_load(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # gradio's client leaves sockets to the garbage collector
-def test_every_visitor_of_a_crowded_demo_gets_the_answer_to_its_own_picture(demo_load):
+def test_crowded_demos_answer_every_visitors_own_picture(demo_load):
+    """Every visitor of a crowded demo gets the answer to its own picture."""
     users = 50 if FULL else 6
     result = demo_load.run(users=users, seconds=60 if FULL else 2, epochs=0.1)
     assert result["different_answers_expected"] == users

@@ -37,7 +37,8 @@ def kernel_weights(coalitions):
     return (by_size / counts)[sizes]
 
 
-def test_gradient_of_the_kernel_weighted_loss_vanishes_at_the_shapley_values():
+def test_weighted_loss_gradients_vanish_at_shapley_values():
+    """The gradient of the kernel-weighted loss vanishes at the Shapley values, but for the efficiency direction."""
     coalitions, values, phi = random_game()
     phi.requires_grad_()
     residuals = values - coalitions.double() @ phi
@@ -48,7 +49,8 @@ def test_gradient_of_the_kernel_weighted_loss_vanishes_at_the_shapley_values():
     assert along_efficiency.abs().max() > 1e-3
 
 
-def test_the_paired_loss_with_equal_weights_is_the_plain_loss():
+def test_equal_weights_make_the_paired_loss_plain():
+    """The paired loss with equal weights is the plain loss of all coalitions and complements."""
     generator = torch.Generator().manual_seed(0)
     coalitions = sample_coalitions(4, 2, num_players=PLAYERS, generator=generator)
     phi = torch.randn(4, PLAYERS, LABELS, generator=generator)
@@ -63,7 +65,8 @@ def test_the_paired_loss_with_equal_weights_is_the_plain_loss():
     torch.testing.assert_close(shapley_loss(phi, both, gains.flatten(1, 2)), expected)
 
 
-def test_the_even_part_does_not_depend_on_how_attributions_are_split():
+def test_the_even_part_sees_only_summed_attributions():
+    """The even part of the loss does not depend on how attributions are split among the players."""
     generator = torch.Generator().manual_seed(0)
     coalitions = sample_coalitions(4, 1, num_players=PLAYERS, generator=generator)
     phi = torch.randn(4, PLAYERS, LABELS, generator=generator, requires_grad=True)
@@ -78,7 +81,8 @@ def test_the_even_part_does_not_depend_on_how_attributions_are_split():
     assert odd > 0
 
 
-def test_the_loss_is_zero_for_an_additive_game_and_its_votes():
+def test_an_additive_games_votes_have_no_loss():
+    """The paired loss is zero for an additive game and its votes."""
     coalitions = sample_coalitions(2, 3, num_players=PLAYERS, generator=torch.Generator().manual_seed(0))
     phi = torch.randn(2, PLAYERS, LABELS)
     members = torch.stack([coalitions, ~coalitions], dim=2).float()
@@ -86,7 +90,8 @@ def test_the_loss_is_zero_for_an_additive_game_and_its_votes():
     assert paired_shapley_loss(phi, coalitions, gains) < 1e-10
 
 
-def test_coalition_loss_is_least_where_values_equal_the_prediction_and_leaves_the_prediction_alone():
+def test_coalition_loss_is_least_at_the_prediction():
+    """The coalition loss is least where values equal the prediction, and leaves the prediction alone."""
     logits = torch.randn(4, LABELS, requires_grad=True)
     values = logits.detach()[:, None, None].expand(4, 2, 2, LABELS).clone().requires_grad_()
     loss = coalition_loss(values, logits)

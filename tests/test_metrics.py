@@ -105,7 +105,8 @@ def test_comprehensiveness_and_sufficiency_follow_their_definition(link):
         close(result.sufficiency[image].item(), sum(lost_with_only) / 3)
 
 
-def test_a_share_of_the_players_is_not_rounded_up_by_float_error():
+def test_float_error_rounds_no_share_up():
+    """A share of the players is not rounded up by float error: 7 % of 100 players are 7."""
     weights = normal(1, 100, 2)
     result = comprehensiveness_sufficiency(
         additive_game(weights), weights, shares=(0.07,), labels=torch.tensor([0]), link="logit"
@@ -113,7 +114,8 @@ def test_a_share_of_the_players_is_not_rounded_up_by_float_error():
     close(result.comprehensiveness[0], weights[0, :, 0].sort(descending=True).values[:7].sum())
 
 
-def test_attributions_of_one_label_may_come_without_the_label_dimension():
+def test_one_labels_attributions_need_no_label_dimension():
+    """Attributions of one label may come without the label dimension."""
     game, attributions, labels = random_game(), normal(IMAGES, PLAYERS, LABELS, seed=1), torch.tensor([1, 0, 3])
     chosen = attributions[torch.arange(IMAGES), :, labels]
     close(
@@ -126,7 +128,8 @@ def test_attributions_of_one_label_may_come_without_the_label_dimension():
     )
 
 
-def test_complements_arrive_side_by_side_and_nothing_is_evaluated_twice():
+def test_complements_arrive_in_pairs_and_only_once():
+    """Complements arrive side by side, nothing is evaluated twice, and batches keep their limit."""
     game, calls = random_game(), []
 
     def recorder(coalitions):
@@ -144,7 +147,8 @@ def test_complements_arrive_side_by_side_and_nothing_is_evaluated_twice():
 
 
 @pytest.mark.parametrize("link", ["probability", "sigmoid", "logit"])
-def test_exact_aopc_bounds_are_the_extremes_over_all_orders(link):
+def test_exact_aopc_bounds_are_extremes_over_orders(link):
+    """Exact AOPC bounds are the extremes over all orders of the players."""
     game, labels = random_game(), torch.tensor([2, 0, 1])
     lower, upper = aopc_bounds(game, labels, num_players=PLAYERS, link=link)
     for image, label in enumerate(labels.tolist()):
@@ -161,14 +165,16 @@ def test_exact_aopc_bounds_are_the_extremes_over_all_orders(link):
         close(upper[image].item(), max(areas))
 
 
-def test_a_beam_as_wide_as_the_middle_size_finds_the_exact_bounds():
+def test_a_wide_beam_finds_the_exact_bounds():
+    """A beam as wide as there are coalitions of the middle size finds the exact bounds."""
     game, labels = random_game(seed=5), torch.tensor([2, 0, 1])
     exact = aopc_bounds(game, labels, num_players=PLAYERS)
     close(aopc_bounds(game, labels, num_players=PLAYERS, beam_size=math.comb(PLAYERS, 3)), exact)
 
 
 @pytest.mark.parametrize("beam_size", [1, 2, 5])
-def test_a_narrow_beam_gives_bounds_inside_the_exact_ones_and_stays_within_its_cost(beam_size):
+def test_a_narrow_beams_bounds_lie_inside_exact_ones(beam_size):
+    """A narrow beam gives bounds inside the exact ones and stays within its cost."""
     game, labels, calls = random_game(seed=5), torch.tensor([2, 0, 1]), []
 
     def recorder(coalitions):
@@ -181,7 +187,8 @@ def test_a_narrow_beam_gives_bounds_inside_the_exact_ones_and_stays_within_its_c
     assert sum(calls[1:]) <= beam_size * PLAYERS * (PLAYERS + 1)
 
 
-def test_a_normalised_aopc_of_an_additive_game_is_one_for_its_weights_and_zero_for_their_negative():
+def test_normalised_aopc_of_additive_weights_is_one():
+    """The normalised AOPC of an additive game is one for its weights and zero for their negative."""
     weights = normal(IMAGES, PLAYERS, LABELS)
     game, labels = additive_game(weights), torch.tensor([0, 1, 2])
     bounds = aopc_bounds(game, labels, num_players=PLAYERS, link="logit")
@@ -204,7 +211,8 @@ def test_faithfulness_correlation_equals_scipy_on_the_same_coalitions(method):
         close(result[image].item(), reference(sums, values).statistic)
 
 
-def test_sizes_are_uniform_members_are_uniform_and_complements_are_paired():
+def test_sizes_and_members_are_uniform_in_pairs():
+    """Sizes are uniform, members are uniform inside a size, and complements are paired."""
     coalitions = sample_uniform_sizes(20, 2000, num_players=4, generator=seeded(0))
     sizes = coalitions.sum(-1)
     frequencies = torch.bincount(sizes.flatten(), minlength=5) / sizes.numel()
@@ -234,7 +242,8 @@ def test_sensitivity_n_follows_its_definition_at_every_size():
             close(result[image, column].item(), stats.pearsonr(sums, drops).statistic)
 
 
-def test_an_additive_game_is_perfectly_explained_by_its_weights():
+def test_weights_explain_additive_games_perfectly():
+    """An additive game is perfectly explained by its weights, as each of these metrics says."""
     weights = normal(IMAGES, PLAYERS, LABELS)
     game = additive_game(weights)
     ones, zeros = torch.ones(IMAGES, dtype=torch.double), torch.zeros(IMAGES, dtype=torch.double)
@@ -267,7 +276,8 @@ def test_infidelity_follows_its_definition(normalize):
         close(result[image], ((scale * sums - drops) ** 2).mean())
 
 
-def test_the_scale_of_infidelity_is_zero_for_attributions_of_zero():
+def test_zero_attributions_have_zero_infidelity_scale():
+    """The scale of infidelity is zero for attributions of zero: normalising changes nothing."""
     game, zeros = random_game(), torch.zeros(IMAGES, PLAYERS, LABELS)
     options = {"coalitions": enumerate_coalitions(PLAYERS)}
     close(infidelity(game, zeros, normalize=True, **options), infidelity(game, zeros, **options))
@@ -281,7 +291,8 @@ def test_the_efficiency_gap_is_the_largest_over_labels():
     close(efficiency_gap(additive_game(weights), wrong), torch.tensor([0, 0.25, 0], dtype=torch.double))
 
 
-def test_a_leak_is_found_where_it_is_and_is_exactly_zero_elsewhere():
+def test_a_leak_is_found_only_where_it_is():
+    """A leak is found where it is, and is exactly zero elsewhere."""
     pixels = normal(IMAGES, PLAYERS, LABELS)
     coalitions = enumerate_coalitions(PLAYERS)[6:7].expand(IMAGES, -1, -1)
     changed = torch.where(coalitions[:, 0].unsqueeze(-1), pixels, 9.0)
@@ -298,7 +309,8 @@ def test_a_leak_is_found_where_it_is_and_is_exactly_zero_elsewhere():
     close(found[2], (0.01 * (9.0 - pixels[2, hidden]).sum(0)).abs().max())
 
 
-def test_interaction_share_is_a_ratio_of_variances_within_sizes():
+def test_interaction_share_divides_variances_within_sizes():
+    """The interaction share is a ratio of variances within sizes: of the residuals, and of the values."""
     game, attributions = random_game(), normal(IMAGES, PLAYERS, LABELS, seed=1)
     coalitions = enumerate_coalitions(PLAYERS)
     result = interaction_share(game, attributions, coalitions=coalitions)
@@ -313,7 +325,8 @@ def test_interaction_share_is_a_ratio_of_variances_within_sizes():
         close(result[image], unexplained / total)
 
 
-def test_interaction_share_ignores_what_the_size_explains_and_is_one_for_zero_attributions():
+def test_interaction_share_ignores_what_sizes_explain():
+    """The interaction share ignores what the size explains, and is one for attributions of zero."""
     game, zeros = random_game(), torch.zeros(IMAGES, PLAYERS, LABELS)
     attributions = normal(IMAGES, PLAYERS, LABELS, seed=1)
 
@@ -328,7 +341,8 @@ def test_interaction_share_ignores_what_the_size_explains_and_is_one_for_zero_at
     close(interaction_share(game, zeros, generator=seeded(0)), torch.ones(IMAGES, dtype=torch.double))
 
 
-def test_mosaics_hold_different_labels_and_the_images_they_say():
+def test_mosaics_hold_the_different_labels_they_say():
+    """Mosaics hold different labels, and the images that they say, upright and whole."""
     labels = torch.tensor([0, 0, 1, 1, 2, 3, 3, 3])
     images = torch.arange(8).view(8, 1, 1, 1) + torch.zeros(8, 3, 2, 5)
     images[:, :, 0, 0] = -1.0  # the top left pixel shows a flip or a transposition
@@ -343,7 +357,8 @@ def test_mosaics_hold_different_labels_and_the_images_they_say():
     assert set(cells.flatten().tolist()) == {0, 1, 2, 3}
 
 
-def test_cells_of_a_mosaic_are_counted_row_by_row():
+def test_mosaic_cells_are_counted_row_by_row():
+    """The cells of a mosaic are counted row by row, in making as in scoring."""
     images = torch.arange(6).view(6, 1, 1, 1) + torch.zeros(6, 1, 4, 4)
     mosaics, cells = make_mosaics(images, torch.arange(6), num_mosaics=7, grid=(3, 2), generator=seeded(0))
     assert torch.equal(mosaics[:, 0, ::4, ::4].flatten(1).long(), cells)
@@ -352,7 +367,8 @@ def test_cells_of_a_mosaic_are_counted_row_by_row():
         close(grid_pointing_game(maps, torch.full((7,), cell), grid=(3, 2)), torch.ones(7, dtype=torch.double))
 
 
-def test_grid_pointing_score_is_the_share_of_positive_attribution():
+def test_pointing_scores_are_shares_of_positive_attribution():
+    """The grid pointing score is the cell's share of positive attribution, and zero where there is none."""
     maps = torch.tensor([[[3.0, 0, 1, 0], [0, -9, 0, 0]], [[-1.0, -1, -1, -1], [-2, -2, -2, -2]]])
     close(grid_pointing_game(maps, torch.tensor([0, 1]), grid=(1, 2)), torch.tensor([0.75, 0], dtype=torch.double))
 
@@ -382,7 +398,8 @@ def test_pooling_ignores_differences_between_images():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 10), shift=st.floats(-5, 5))
-def test_correlation_ignores_scale_and_shift_and_error_ratio_does_not(seed, scale, shift):
+def test_only_error_ratios_see_scale_and_shift(seed, scale, shift):
+    """The correlation ignores scale and shift, and the error ratio does not."""
     references = normal(IMAGES, PLAYERS, LABELS, seed=seed)
     close(attribution_correlation(scale * references + shift, references).per_image, torch.ones(3).double())
     errors = ((scale - 1) * references + shift).square().mean((1, 2)) / references.flatten(1).var(1, correction=0)
@@ -406,7 +423,8 @@ def test_evaluate_metrics_return_what_the_functions_return(tmp_path):
     }
 
 
-def test_an_evaluate_metric_gathers_batches_before_it_asks_the_game(tmp_path):
+def test_evaluate_metrics_gather_batches_before_asking_games(tmp_path):
+    """A metric for `evaluate` gathers batches before it asks the game."""
     game, attributions = random_game(), normal(IMAGES, PLAYERS, LABELS, seed=1)
     metric = FaithfulnessCorrelation(cache_dir=str(tmp_path))
     metric.add_batch(predictions=attributions[:2])
@@ -438,7 +456,8 @@ GAME_METRICS = {
         ([[0.0]], "float tensor .*got list"),
     ],
 )
-def test_attributions_that_do_not_fit_the_game_are_refused(name, attributions, message):
+def test_attributions_unfit_for_the_game_are_refused(name, attributions, message):
+    """Attributions that do not fit the game are refused."""
     with pytest.raises(ValueError, match=message):
         GAME_METRICS[name](random_game(), attributions)
 

@@ -80,13 +80,15 @@ def rendered_html(card):
 # ---- numbers
 
 
-def test_a_card_claims_no_number_that_its_results_do_not_hold(results):
+def test_a_card_claims_only_its_results_numbers(results):
+    """A card claims no number that its results do not hold."""
     card = render_model_card(results, model_id="user/model", source="results.json")
     assert unsupported_numbers(card, results) == []
     assert {"0.9721", "0.9611", "0.98", "0.95", "2000", "4096", "0.00712", "-1.5e-05"} <= set(numbers_in_card(card))
 
 
-def test_a_number_that_was_changed_or_made_up_is_found(results):
+def test_changed_and_invented_numbers_are_found(results):
+    """A number in a card that was changed or made up is found."""
     card = render_model_card(results, model_id="user/model")
     assert unsupported_numbers(card.replace("0.9721", "0.9921"), results) == ["0.9921"]
     assert unsupported_numbers(card + "\nTwice as good, 99.5 % of the time, error -3e-4 or .7.\n", results) == (
@@ -95,7 +97,8 @@ def test_a_number_that_was_changed_or_made_up_is_found(results):
 
 
 @pytest.mark.parametrize("card_path", sorted(ROOT.glob("model_cards/*.md")), ids=lambda path: path.stem)
-def test_released_cards_hold_exactly_the_numbers_of_their_result_files(card_path):
+def test_released_cards_hold_their_result_files_numbers(card_path):
+    """Released cards name their result file, and hold no number that is not in it."""
     text = card_path.read_text(encoding="utf-8")
     source = re.search(r"<!-- Results: (.*?) -->", text)
     assert source, "a released card names its result file"
@@ -137,7 +140,8 @@ def test_a_value_that_is_no_number_is_refused(value):
         format_number(value)
 
 
-def test_numbers_in_code_comments_addresses_and_metadata_are_not_claims():
+def test_numbers_outside_of_prose_are_no_claims():
+    """Numbers in code, comments, addresses, names and metadata are not claims."""
     card = (
         "---\nvalue: 1\n---\n<!-- 2 -->\n```python\nx = 3\n```\n`4` [a](b5) https://a.org/6 arXiv:2512.14354 v7 8.9.1 "
         "x10\n````\n```\n11\n````\n12\n"
@@ -204,7 +208,8 @@ def test_metadata_that_cannot_be_read_are_named(header, tmp_path):
 # ---- text
 
 
-def test_the_same_results_give_the_same_card_and_are_not_changed(results):
+def test_equal_results_give_equal_cards_and_stay(results):
+    """The same results give the same card and are not changed."""
     before = copy.deepcopy(results)
     cards = {render_model_card(results, model_id="user/model", picture="a.png", source="r.json") for _ in range(2)}
     assert len(cards) == 1
@@ -250,7 +255,8 @@ def test_a_card_says_whose_game_is_explained(results):
     assert "Whose game" not in render_model_card(results, model_id="user/model")
 
 
-def test_a_model_that_was_not_evaluated_gets_a_card_that_says_so():
+def test_an_unevaluated_models_card_says_so():
+    """A model that was not evaluated gets a card that says so and claims no number."""
     card = render_model_card({"model_name": "fresh"}, model_id="fresh")
     assert "No evaluation results were given" in card
     assert "How to reproduce" not in card
@@ -306,7 +312,8 @@ def planted(results, text):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_texts_show_as_themselves_and_change_no_structure(results, text):
+def test_hostile_texts_change_no_structure_of_cards(results, text):
+    """Hostile texts show as themselves, and change neither structure, addresses nor metadata of a card."""
     benign = rendered_html(render_model_card(planted(copy.deepcopy(results), "x"), model_id="x", source="x"))
     card = render_model_card(planted(results, text), model_id=text, source=text)
     html = rendered_html(card)
@@ -421,7 +428,8 @@ def test_merged_results_hold_the_metrics_of_both(results):
 # ---- writing
 
 
-def test_a_card_is_written_into_a_folder_and_updated(results, tmp_path):
+def test_cards_are_written_into_folders_and_updated(results, tmp_path):
+    """A card is written into a folder and updated there."""
     card = render_model_card(results, model_id="m")
     assert write_model_card(tmp_path, card)
     assert (tmp_path / "README.md").read_text() == card

@@ -161,7 +161,8 @@ def test_hidden_pixels_leak_exactly_nothing(backbone, dtype, attention, pixel_va
     assert torch.equal(*values)
 
 
-def test_a_structure_of_three_equals_each_coalition_run_alone(model, pixel_values):
+def test_three_coalitions_equal_each_one_run_alone(model, pixel_values):
+    """A structure of three coalitions gives each the value that it has when run alone."""
     ids = torch.randint(0, 3, (3, 1, PLAYERS), generator=torch.Generator().manual_seed(0))
     together = model(pixel_values, coalition_ids=ids).coalition_votes[:, 0]
     for coalition in range(3):
@@ -171,7 +172,8 @@ def test_a_structure_of_three_equals_each_coalition_run_alone(model, pixel_value
         torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_vit_coalition_equals_really_dropping_the_other_patches(pixel_values):
+def test_vit_coalitions_equal_dropping_the_other_patches(pixel_values):
+    """The value of a ViT's coalition equals that of really dropping the other patches."""
     model = make_model("vit")
     coalition = draw()[0, 0]
     embeddings = model.vit.embeddings(pixel_values[:1])
@@ -183,7 +185,8 @@ def test_a_vit_coalition_equals_really_dropping_the_other_patches(pixel_values):
     torch.testing.assert_close(value, model.classifier.bias + votes.sum(1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_convnext_coalition_equals_zeroing_the_others_before_every_convolution(pixel_values):
+def test_convnext_coalitions_equal_zeroing_before_every_convolution(pixel_values):
+    """The value of a ConvNeXt's coalition equals that of zeroing the others before every convolution."""
     model = make_model("convnext")
     coalition = draw()[0, 0].view(1, 1, 4, 6)
     features = model.convnext.embeddings(pixel_values[:1])
@@ -217,7 +220,8 @@ def test_the_depthwise_convolution_learns_as_the_stock_one(dtype, autocast):
         torch.testing.assert_close(found, expected)
 
 
-def test_a_masked_convnext_layer_has_the_gradients_that_differences_find():
+def test_masked_convnext_gradients_equal_finite_differences():
+    """A masked ConvNeXt layer has the first and second gradients that finite differences find."""
     config = make_model("convnext", hidden_act="tanh").config
     layer = ShapleyConvNextLayer(config, dim=3).double()
     features = torch.randn(1, 3, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -229,7 +233,8 @@ def test_a_masked_convnext_layer_has_the_gradients_that_differences_find():
         assert check(lambda features: layer(features, rule), features.requires_grad_())
 
 
-def test_structures_may_be_given_for_the_first_images_only(model, pixel_values):
+def test_structures_for_the_first_images_are_enough(model, pixel_values):
+    """Structures may be given for the first images only, which have the same votes then."""
     ids = coalitions_to_ids(draw())
     whole = model(pixel_values, coalition_ids=ids)
     part = model(pixel_values, coalition_ids=ids[:2])
@@ -239,7 +244,8 @@ def test_structures_may_be_given_for_the_first_images_only(model, pixel_values):
 
 
 @pytest.mark.parametrize("sums_only", [False, True])
-def test_structures_of_the_last_images_may_be_played_without_gradient(backbone, pixel_values, sums_only):
+def test_last_images_may_play_without_gradient(backbone, pixel_values, sums_only):
+    """Structures of the last images may be played without gradient: values stay, and so do the first's gradients."""
     model = make_model(backbone).train()
     inputs = {"pixel_values": pixel_values, "coalition_ids": coalitions_to_ids(draw()), "sums_only": sums_only}
     whole, part = model(**inputs), model(**inputs, num_with_gradient=1)
@@ -318,7 +324,8 @@ def test_half_precision_keeps_float32_sums(backbone, pixel_values):
 # The game and explanations
 
 
-def test_values_of_the_full_and_empty_coalition_are_logits_and_base_values(model, pixel_values):
+def test_full_coalitions_give_logits_empty_ones_base_values(model, pixel_values):
+    """The value of the full coalition is the logits, and that of the empty one the base values."""
     coalitions = torch.stack([torch.ones(3, PLAYERS), torch.zeros(3, PLAYERS)], dim=1).bool()
     values = model.coalition_values(pixel_values, coalitions)
     torch.testing.assert_close(values[:, 0], model(pixel_values).logits, atol=1e-5, rtol=1e-5)
@@ -363,7 +370,8 @@ def test_bad_labels_to_attribute_are_refused(model, pixel_values, labels):
         model(pixel_values, attributed=1)
 
 
-def test_some_labels_alone_are_attributed_in_the_ordinary_forward_only(model, pixel_values):
+def test_attributing_some_labels_takes_the_ordinary_forward(model, pixel_values):
+    """Some labels alone are attributed in the ordinary forward only: beside coalitions this is refused."""
     with pytest.raises(ValueError, match="drop `coalition_ids`"):
         model(pixel_values, coalitions_to_ids(draw()), attributed=2)
 
@@ -383,7 +391,7 @@ def test_explaining_leaves_the_training_mode_as_it_was(model, pixel_values):
     assert model.training and all(module.training for module in model.modules())
 
 
-def test_explaining_leaves_alone_what_is_evaluated_within_a_training_model(model, pixel_values):
+def test_explaining_keeps_a_training_models_evaluated_parts(model, pixel_values):
     """A part that its user keeps in evaluation mode, as a frozen one is, stays in it."""
     model.train()
     model.base_model.embeddings.eval()
@@ -392,7 +400,7 @@ def test_explaining_leaves_alone_what_is_evaluated_within_a_training_model(model
     assert [module.training for module in model.modules()] == expected and len(set(expected)) == 2
 
 
-def test_a_thread_that_ends_leaves_others_in_evaluation_mode(pixel_values):
+def test_ending_threads_leave_others_in_evaluation_mode(pixel_values):
     """Of two threads that explain with a model in training mode, the first to end does not give the other dropout."""
     model = make_model("vit", hidden_dropout_prob=0.5)
     expected, found = model.explain(pixel_values), []
@@ -510,7 +518,8 @@ def test_own_layers_start_as_the_backbones_last_ones(backbone, readout, count, p
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_own_layers_that_have_learned_are_loaded_as_they_are(backbone, pixel_values, tmp_path):
+def test_learned_own_layers_are_loaded_unchanged(backbone, pixel_values, tmp_path):
+    """Own layers that have learned are loaded as they are, and not as the backbone's."""
     options = {"head": "votes+influence", "influence_own_layers": 1, "influence_layers": 0}
     model = make_model(backbone, **options)  # weights of their own, unlike the backbone's
     model.save_pretrained(tmp_path)
@@ -518,7 +527,8 @@ def test_own_layers_that_have_learned_are_loaded_as_they_are(backbone, pixel_val
     assert torch.equal(loaded(pixel_values).attributions, model(pixel_values).attributions)
 
 
-def test_own_layers_leave_out_images_whose_attributions_nobody_asks_for(backbone, pixel_values):
+def test_own_layers_skip_images_nobody_asks_about(backbone, pixel_values):
+    """Own layers leave out images whose attributions nobody asks for, and give the others the same."""
     model = make_model(backbone, head="votes+influence", influence_own_layers=1)
     sizes = []
     model.attribution_head.own_blocks[0].register_forward_hook(lambda *called: sizes.append(len(called[-1])))
@@ -536,7 +546,8 @@ def test_own_layers_leave_out_images_whose_attributions_nobody_asks_for(backbone
 
 
 @pytest.mark.parametrize("readout", ["patches", "pooled"])
-def test_adapters_act_where_players_are_absent_and_not_at_all_on_the_full_image(backbone, readout, pixel_values):
+def test_adapters_leave_full_and_empty_coalitions_alone(backbone, readout, pixel_values):
+    """Adapters act where some players are absent, and not at all on the full image or the empty coalition."""
     options = {"head": "votes+influence", "vote_readout": readout}
     adapted, bare = (make_model(backbone, coalition_adapter_size=size, **options) for size in (4, 0))
     bare.load_state_dict(adapted.state_dict(), strict=False)
@@ -573,7 +584,8 @@ def test_attributions_teach_the_classifier_only_if_asked(backbone, head, flows, 
     assert bool(outside) == flows and "attribution_head.correction.weight" in learned
 
 
-def test_hooks_of_a_layers_parts_act_on_coalitions_too(pixel_values):
+def test_hooks_inside_layers_act_on_coalitions(pixel_values):
+    """Hooks of a layer's parts act on coalitions too, with and without gradients."""
     model = make_model("vit").train()
     ids = coalitions_to_ids(sample_coalitions(3, 1, num_players=24, generator=torch.Generator().manual_seed(0)))
     found = model(pixel_values, ids).coalition_votes
@@ -587,7 +599,8 @@ def test_hooks_of_a_layers_parts_act_on_coalitions_too(pixel_values):
 
 
 @pytest.mark.parametrize("backbone", ["vit", "convnext"])
-def test_hooks_keep_what_they_saw_where_nothing_is_learned(backbone, pixel_values):
+def test_hooks_keep_what_they_saw_without_gradients(backbone, pixel_values):
+    """Hooks keep what they saw where nothing is learned: no later step writes over it."""
     model = make_model(backbone)
     seen = []
     for layer in model.vit.layers if backbone == "vit" else model.convnext.encoder.stages[1].layers:
@@ -600,7 +613,8 @@ def test_hooks_keep_what_they_saw_where_nothing_is_learned(backbone, pixel_value
             torch.testing.assert_close(output, nn.functional.linear(given, part.weight, part.bias), rtol=0, atol=0)
 
 
-def test_an_activation_takes_no_memory_of_its_own_where_nothing_else_needs_its_input():
+def test_activations_work_in_place_where_unseen():
+    """An activation takes no memory of its own where nothing else needs its input, and its own elsewhere."""
     gelu, linear, given = ACT2FN["gelu"], nn.Linear(4, 8), torch.linspace(-2, 2, 4)
     with torch.no_grad():
 
@@ -625,7 +639,8 @@ def test_an_activation_takes_no_memory_of_its_own_where_nothing_else_needs_its_i
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention):
+def test_first_tokens_alone_have_the_same_outputs(attention):
+    """A layer run for its first tokens gives them what it gives when run for all."""
     model = make_model("vit", attn_implementation=attention)
     tokens, layer = torch.randn(2, 7, 32), model.vit.layers[-1]
     ids = torch.tensor([[0, 1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0, 0]])
@@ -635,7 +650,8 @@ def test_a_layer_run_for_its_first_tokens_gives_what_it_gives_for_all(attention)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_weights_that_an_adapter_changes_are_used_as_it_changes_them(attention):
+def test_adapted_weights_are_used_as_adapted(attention):
+    """Weights that an adapter changes are used as it changes them."""
     layer = make_model("vit", attn_implementation=attention).vit.layers[-1]
     tokens = torch.randn(2, 7, 32)
     layer.attention.k_proj = nn.Sequential(layer.attention.k_proj, nn.Linear(32, 32))
@@ -652,7 +668,8 @@ def test_a_pooled_vits_step_reaches_every_parameter(pixel_values):
 
 @pytest.mark.parametrize("readers", [None, 1])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_layer_that_takes_a_lone_token_along_gives_what_it_gives_for_each(attention, readers):
+def test_a_lone_token_along_changes_no_output(attention, readers):
+    """A layer that takes a lone token along gives what it gives for the images and for the token apart."""
     layer = make_model("vit", attn_implementation=attention).vit.layers[-1]
     tokens, lone = torch.randn(2, 7, 32), torch.randn(1, 32)
     packed = layer(torch.cat([tokens.flatten(0, 1), lone]), TokenRule(readers=readers, images=2))
@@ -687,7 +704,7 @@ def test_any_part_may_be_offloaded(backbone, offloaded, pixel_values, tmp_path):
 
 
 @pytest.mark.parametrize("offloaded", ["backbone", "attribution_head"])
-def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_path):
+def test_own_layers_never_copy_offloaded_weights(backbone, offloaded, tmp_path):
     """Neither from nor into an offloaded layer can be copied: refused, with the way round, not left at random."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
     options = HEADS["votes+influence"] | {"influence_own_layers": 1}
@@ -702,7 +719,8 @@ def test_own_layers_are_no_copies_of_what_is_offloaded(backbone, offloaded, tmp_
     assert any(weight.is_meta for weight in loaded.parameters())
 
 
-def test_own_layers_are_no_copies_of_what_is_quantised(backbone):
+def test_own_layers_never_copy_quantised_weights(backbone):
+    """Own layers are no copies of what is quantised: this is refused."""
     model = make_model(backbone, head="votes+influence", influence_own_layers=1)
     layer = model.last_layers(1)[0][0]
     linear = next(module for module in layer.modules() if isinstance(module, nn.Linear))
@@ -711,7 +729,8 @@ def test_own_layers_are_no_copies_of_what_is_quantised(backbone):
         _check_copies(model, "plain")
 
 
-def test_a_saved_model_loads_the_same_through_the_auto_class(model, pixel_values, tmp_path):
+def test_auto_classes_load_a_saved_model_unchanged(model, pixel_values, tmp_path):
+    """A saved model loads the same through the auto classes of model and configuration."""
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert type(loaded) is type(model) and type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
@@ -764,7 +783,8 @@ def test_the_pooled_readout_keeps_a_plain_classifiers_predictions(backbone, pixe
     torch.testing.assert_close(model(pixel_values).logits, plain(pixel_values).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_pooled_vit_coalition_is_the_plain_classifier_without_the_other_patches(pixel_values, tmp_path):
+def test_pooled_vit_coalitions_equal_masked_plain_classifiers(pixel_values, tmp_path):
+    """A coalition of a pooled ViT has the logits of the plain classifier without the other patches."""
     plain = plain_model("vit")
     plain.save_pretrained(tmp_path)
     options = HEADS["pooled"]
@@ -775,7 +795,8 @@ def test_a_pooled_vit_coalition_is_the_plain_classifier_without_the_other_patche
     torch.testing.assert_close(model.coalition_values(pixel_values, coalitions)[:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_pooled_convnext_coalition_is_the_mean_over_its_cells(pixel_values):
+def test_pooled_convnext_coalitions_average_their_cells(pixel_values):
+    """A coalition of a pooled ConvNeXt is classified by the mean over its cells."""
     options = {"head": "pooled"}
     model = make_model("convnext", **options)
     coalitions = draw(structures=1)
@@ -824,7 +845,7 @@ def test_a_model_says_whether_its_attributions_were_trained(backbone, head, pixe
     assert UNTRAINED not in caplog.text
 
 
-def test_a_plain_classifier_that_would_read_patch_tokens_is_named_while_loading(backbone, tmp_path, caplog):
+def test_loading_names_a_plain_classifier_reading_patches(backbone, tmp_path, caplog):
     """Nothing in such a model starts at zero, so that later nobody could tell."""
     plain_model(backbone).save_pretrained(tmp_path / "plain")
     SHAPLEY[backbone].from_pretrained(tmp_path / "plain", **HEADS["votes"]).save_pretrained(tmp_path / "ours")
@@ -1036,7 +1057,8 @@ def test_bad_options_are_refused(config, options):
         config(**options)
 
 
-def test_options_given_while_loading_mean_what_they_mean_at_creation(backbone, tmp_path):
+def test_loading_options_mean_what_creation_options_mean(backbone, tmp_path):
+    """Options given while loading mean what they mean at creation, and bad ones are refused."""
     plain_model(backbone).save_pretrained(tmp_path)
     load = SHAPLEY[backbone].from_pretrained
     assert not load(tmp_path).attribution_head.gradient_flows

@@ -32,21 +32,21 @@ from hf_shapley.models.token_backbone import TokenBackbone
 PLAYERS = 9  # 3 x 3 patches of 4 x 4 pixels
 
 
-def rest_of_vit(stock, tokens):
+def rest_of_vit(stock, tokens, kept=None):
     """Logits of tokens that enter the first layer."""
     for layer in stock.base_model.layers:
         tokens = layer(tokens)
     return stock.classifier(stock.base_model.layernorm(tokens)[:, 0])
 
 
-def rest_of_distilled_deit(stock, tokens):
+def rest_of_distilled_deit(stock, tokens, kept=None):
     for layer in stock.deit.layers:
         tokens = layer(tokens)
     tokens = stock.deit.layernorm(tokens)
     return (stock.cls_classifier(tokens[:, 0]) + stock.distillation_classifier(tokens[:, 1])) / 2
 
 
-def rest_of_dinov2(stock, tokens):
+def rest_of_dinov2(stock, tokens, kept=None):
     for layer in stock.base_model.encoder.layer:
         tokens = layer(tokens)
     tokens = stock.base_model.layernorm(tokens)
@@ -55,12 +55,29 @@ def rest_of_dinov2(stock, tokens):
     return stock.classifier(torch.cat([tokens[:, 0], mean], dim=1))
 
 
-def rest_of_ijepa(stock, tokens):
+def rest_of_ijepa(stock, tokens, kept=None):
     if not tokens.shape[1]:
         return stock.classifier(torch.zeros(1, 32))  # the mean of nothing
     for layer in stock.ijepa.layers:
         tokens = layer(tokens)
     return stock.classifier(stock.ijepa.layernorm(tokens).mean(1))
+
+
+def rest_of_beit(stock, tokens, kept=slice(None)):
+    """With biases of the full grid, 3 x 3, restricted to the kept tokens before they are added."""
+
+    def bias(of):
+        return 0 if of is None else of((3, 3))[:, :, kept][:, :, :, kept]
+
+    for layer in stock.beit.layers:
+        scores = bias(stock.beit.shared_position_bias) + bias(layer.relative_position_bias)
+        attended = layer.attention(layer.layernorm_before(tokens), scores + torch.zeros(1, 1, 1, 1))[0]
+        tokens = tokens + layer.lambda_1 * attended
+        tokens = tokens + layer.lambda_2 * layer.mlp(layer.layernorm_after(tokens))
+    tokens = stock.beit.layernorm(tokens)
+    if stock.config.use_mean_pooling and tokens.shape[1] == 1:
+        return stock.classifier(stock.beit.pooler.layernorm(torch.zeros(1, 32)))  # the mean of nothing
+    return stock.classifier(stock.beit.pooler(tokens))
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Case:
     Args:
         family: key of the table of backbones.
         prefix: number of its prefix tokens.
-        rest: the stock model and the tokens that enter its first layer -> logits.
+        rest: the stock model, the tokens that enter its first layer, and which of the image's they are -> logits.
         options: of its configuration.
         plain: its class, where it is not the table's.
         without_part: pattern of weights that classification does not read.
@@ -79,7 +96,7 @@ class Case:
 
     family: str
     prefix: int
-    rest: Callable[[Any, torch.Tensor], torch.Tensor]
+    rest: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
     options: dict[str, Any] = field(default_factory=dict)
     plain: type[PreTrainedModel] | None = None
     without_part: str = r"$^"
@@ -112,6 +129,20 @@ CASES = {
         rest_of_dinov2,
         {"num_register_tokens": 3},
         without_part="mask_token",
+        non_square=False,
+    ),
+    "beit": Case("beit", 1, rest_of_beit, {"use_relative_position_bias": True, "drop_path_rate": 0.0}),
+    "beit, CLS": Case(
+        "beit",
+        1,
+        rest_of_beit,
+        {
+            "use_mean_pooling": False,
+            "use_absolute_position_embeddings": True,
+            "use_shared_relative_position_bias": True,
+            "use_relative_position_bias": True,
+            "drop_path_rate": 0.0,
+        },
         non_square=False,
     ),
 }
@@ -274,11 +305,11 @@ def test_exact_values_are_those_of_dropped_tokens(name, case):
     """Shapley values of all 2^9 coalitions, each run by the stock layers on the tokens of its members alone."""
     ours, stock = pair(name)
     tokens = ours.embed(pixels(1))
-    prefix, cells = tokens[:, : case.prefix], tokens[:, case.prefix :]
 
     def stock_game(coalitions):
-        kept = [torch.cat([prefix, cells[:, members]], dim=1) for members in coalitions]
-        return torch.cat([case.rest(stock, each) for each in kept]).double()
+        prefix = torch.ones(len(coalitions), case.prefix, dtype=torch.bool)
+        kept = torch.cat([prefix, coalitions], dim=1)
+        return torch.cat([case.rest(stock, tokens[:, each], each) for each in kept]).double()
 
     def our_game(coalitions):
         return ours.coalition_values(pixels(1), coalitions[None])[0].double()

@@ -120,7 +120,8 @@ def test_autocast(dtype, backbone):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_values_in_half_precision_are_near_those_in_single_precision(dtype, backbone):
+def test_values_in_half_precision_are_near_single_ones(dtype, backbone):
+    """Values in half precision are near those in single precision, and are given in float32."""
     model, pixels = model_for(backbone).eval(), pixels_for(12)
     coalitions = sample_coalitions(2, 8, num_players=12, generator=torch.Generator().manual_seed(2))
     expected = model.coalition_values(pixels, coalitions)
@@ -142,7 +143,8 @@ class Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_autocast_casts_tokens_once_for_attention_and_once_for_the_mlp():
+def test_tokens_are_cast_twice_a_layer_under_autocast():
+    """Autocast casts the tokens of a layer once for attention and once for the MLP."""
     counts = []
     for layers in (2, 4):
         model = make_model("vit", num_hidden_layers=layers, head="pooled")
@@ -195,7 +197,8 @@ def restored_determinism(monkeypatch):
 
 
 @pytest.mark.usefixtures("restored_determinism")
-def test_full_determinism_gives_the_same_weights_bit_by_bit(backbone, tmp_path):
+def test_full_determinism_repeats_weights_bit_by_bit(backbone, tmp_path):
+    """Full determinism gives the same weights bit by bit, whatever was drawn before."""
     dropout = {"hidden_dropout_prob": 0.1} if backbone == "vit" else {"drop_path_rate": 0.3}
     weights = []
     for disturbance in (7, 8):

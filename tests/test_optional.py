@@ -59,13 +59,15 @@ def test_the_games_of_shapiq_and_captum_need_neither(model, pixel_values):
     ],
     ids=["figure", "shap", "onnx"],
 )
-def test_what_an_extra_brings_is_refused_with_its_name(use, extra, model, tmp_path):
+def test_missing_extras_are_named_in_the_refusal(use, extra, model, tmp_path):
+    """What a missing extra brings is refused with the extra's name, and nothing is written."""
     with pytest.raises(ImportError, match=rf"pip install hf_shapley\[{extra}\]"):
         use(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_commands_that_draw_name_the_extra_before_they_work_for_long(checkpoint, tmp_path, capsys):
+def test_drawing_commands_name_the_extra_at_once(checkpoint, tmp_path, capsys):
+    """The commands that draw name the missing extra before they work for long, and write nothing."""
     Image.new("RGB", (60, 40)).save(tmp_path / "picture.png")
     out = tmp_path / "out"
     explain = ["explain", str(tmp_path / "picture.png"), "--model", checkpoint, "-o", str(out / "picture.png")]

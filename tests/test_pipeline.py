@@ -70,7 +70,7 @@ def expected(classifier):
 # ---- what it gives
 
 
-def test_exact_maps_are_good_and_wrong_ones_are_not():
+def test_checks_tell_exact_maps_from_wrong_ones():
     """Where patches do not mix, votes are the exact Shapley values; a head of random weights knows nothing of them."""
 
     def verdicts(model, **options):
@@ -128,7 +128,8 @@ def test_entries_hold_what_the_model_gives(model, backbone):
         assert entry["base_value"] == output.base_values[label].item()
 
 
-def test_base_value_and_attributions_add_up_to_the_logit(expected):
+def test_attributions_and_base_value_give_the_logit(expected):
+    """The base value and the attributions add up to the logit."""
     for entry in (entry for entries in expected for entry in entries):
         assert entry["attributions"].shape == (4, 6)
         assert entry["attributions"].dtype == np.float32
@@ -177,7 +178,8 @@ CASES = [(problem, 5) for problem in PROBLEMS] + [(problem, 1) for problem in PR
 
 
 @pytest.mark.parametrize("problem, num_labels", CASES)
-def test_scores_follow_the_problem_type_as_in_the_stock_pipeline(problem, num_labels):
+def test_problem_types_decide_scores_as_in_stock_pipelines(problem, num_labels):
+    """Scores follow the problem type as in the stock pipeline."""
     model = make_model("vit", problem_type=problem, num_labels=num_labels)
     image = pictures(1)[0]
     ours = pipeline(TASK, model=model, image_processor=PROCESSOR, device="cpu")(image)
@@ -191,7 +193,8 @@ def test_scores_follow_the_problem_type_as_in_the_stock_pipeline(problem, num_la
 
 
 @pytest.mark.parametrize("problem, num_labels", CASES)
-def test_predictions_of_a_training_job_have_the_same_scores(problem, num_labels, tmp_path):
+def test_training_jobs_predict_the_pipelines_scores(problem, num_labels, tmp_path):
+    """The predictions of a training job have the labels and scores of the pipeline."""
     model = make_model("vit", problem_type=problem, num_labels=num_labels)
     entries = [pipeline(TASK, model=model, image_processor=PROCESSOR, device="cpu")(image)[0] for image in pictures()]
     pixel_values = PROCESSOR(images=pictures(), return_tensors="pt")["pixel_values"]
@@ -208,7 +211,8 @@ def test_numbers_of_numpys_kinds_are_numbers(classifier):
     assert [entry["label"] for entry in classifier(pictures(1)[0], labels=np.int64(3))] == ["dog"]
 
 
-def test_options_given_to_the_pipeline_hold_for_every_call(vit):
+def test_pipeline_options_hold_for_every_call(vit):
+    """Options given to the pipeline hold for every call that does not give its own."""
     classifier = pipeline(TASK, model=vit, image_processor=PROCESSOR, device="cpu", top_k=1, function_to_apply="none")
     (entry,) = classifier(pictures(1)[0])
     assert entry["score"] == entry["logit"]
@@ -231,7 +235,8 @@ def test_an_entry_keeps_no_other_label_in_memory(expected):
 # ---- overlays
 
 
-def test_an_overlay_has_the_size_of_the_upright_picture(classifier):
+def test_overlays_have_the_upright_pictures_size(classifier):
+    """An overlay has the size of the upright picture, and is there only where asked for."""
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     turned = encoded(pictures(1)[0], format="JPEG", exif=exif)
@@ -249,7 +254,8 @@ def test_overlays_of_one_picture_share_a_scale(classifier):
     assert len(set(darkest)) > 1
 
 
-def test_an_overlay_leaves_alone_what_a_centre_crop_hides():
+def test_overlays_leave_cropped_edges_alone():
+    """An overlay leaves alone what a centre crop hides from the model."""
     processor = ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=1.0)
     classifier = pipeline(TASK, model=make_model("convnext"), image_processor=processor, device="cpu")
     image = pictures(1, size=(40, 16))[0]
@@ -399,12 +405,13 @@ def test_an_array_of_pictures_is_many_pictures(classifier, expected):
             same(left, right)
 
 
-def test_a_long_name_of_a_missing_file_is_named(classifier):
+def test_missing_files_of_long_names_are_named(classifier):
+    """A missing file is named even where its name is long."""
     with pytest.raises(FileNotFoundError, match="missing.png"):
         classifier("x" * 90 + "/missing.png")
 
 
-def test_a_picture_is_refused_by_what_the_processor_would_make_of_it():
+def test_pictures_are_refused_by_their_processed_size():
     """A file of 140 bytes would take gigabytes where its shorter edge, of one pixel, is enlarged to hundreds."""
     processor = ConvNextImageProcessorPil(size={"shortest_edge": 224}, crop_pct=0.875)
     small = encoded(Image.new("1", (20_000, 1)), optimize=True)
@@ -415,7 +422,8 @@ def test_a_picture_is_refused_by_what_the_processor_would_make_of_it():
     assert len(classifier(Image.new("RGB", (300, 2)))) == 5
 
 
-def test_a_model_of_grey_images_is_asked_with_grey_levels():
+def test_grey_image_models_get_grey_levels():
+    """A model of grey images is asked with grey levels, and its overlay has the picture's size."""
     model, image = make_model("vit", num_channels=1), pictures(1)[0]
     grey = ViTImageProcessorPil(size={"height": 16, "width": 24}, image_mean=[0.5], image_std=[0.5])
     logits = model(grey(images=image.convert("L"), return_tensors="pt")["pixel_values"]).logits[0]
@@ -425,7 +433,8 @@ def test_a_model_of_grey_images_is_asked_with_grey_levels():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I"])
-def test_every_mode_of_picture_is_read_as_its_rgb_form(classifier, mode):
+def test_every_mode_is_read_as_rgb(classifier, mode):
+    """A picture of every mode is read as its RGB form."""
     level = 255 * 257 if mode.startswith("I") else 255 if mode != "CMYK" else 0
     image = Image.new(mode, (60, 40), level if mode not in ("LA", "RGBA", "CMYK") else (level,) * len(mode))
     if mode == "P":

@@ -69,7 +69,8 @@ def test_a_run_repeated_takes_its_rows_place(tmp_path):
     assert [(row["seed"], row["accuracy"]) for row in recipe_runs.read_runs(path)] == [(0, 0.7), (1, 0.61)]
 
 
-def test_a_run_is_found_by_study_recipe_and_seed(tmp_path):
+def test_runs_are_found_by_study_recipe_and_seed(tmp_path):
+    """A run is found by study, recipe and seed, and other settings within a study are refused."""
     path = tmp_path / "runs.csv"
     recipe_runs.add_run(recipe_runs.make_row(record("plain", 0.6), "some"), path)
     settings = {**SETTINGS, "seed": 0}

@@ -88,7 +88,8 @@ def test_exact_values_equal_shapiqs_exact_computer(num_players):
     torch.testing.assert_close(exact_shapley(game, num_players=num_players)[:, 0], reference, rtol=0, atol=1e-12)
 
 
-def test_sampled_values_agree_with_shapiqs_kernel_shap_at_full_budget():
+def test_our_sampling_agrees_with_shapiqs_kernel_shap():
+    """Sampled values agree with shapiq's KernelSHAP at full budget, within three standard errors."""
     shapiq = pytest.importorskip("shapiq")
     table = torch.randn(2**8, 1, generator=seeded(1), dtype=torch.double)
     bits = 2 ** torch.arange(8)
@@ -192,7 +193,7 @@ def test_the_deletion_curve_equals_quantus_pixel_flipping(net, images, attributi
     np.testing.assert_allclose(ours[:, 1:], reference, rtol=0, atol=1e-4)
 
 
-def test_kernel_weights_solved_by_least_squares_give_our_exact_values(batched_game):
+def test_kernel_weighted_least_squares_gives_exact_values(batched_game):
     """The regression of Lundberg and Lee (arXiv:1705.07874, theorem 2) over all coalitions, solved by NumPy."""
     game = game_of(batched_game, 0)
     coalitions = enumerate_coalitions(PLAYERS)[2:]

@@ -173,11 +173,13 @@ def cost_rows() -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def test_the_table_of_costs_is_that_of_its_result_files():
+def test_the_cost_table_quotes_its_result_files():
+    """The table of costs in README is that of its result files."""
     assert "\n".join(cost_rows()) in GUIDE
 
 
-def test_what_is_said_of_an_explained_forward_is_in_its_result_file():
+def test_explained_forward_costs_quote_their_result_file():
+    """What README says of an explained forward is in its result file."""
     models = json.loads((RESULTS / "explain_latency.json").read_text())["models"]
     counted, one = (
         [models[shape][batch]["explained, fine_tuning_recipe"][kind] for shape in ("vit-base", "convnext-tiny")]
@@ -190,7 +192,8 @@ def test_what_is_said_of_an_explained_forward_is_in_its_result_file():
     assert f"One image at a time it takes {one[0]:.2f} (both), with ViT-Ti/16 {small:.2f}" in page
 
 
-def test_the_table_of_a_gpu_is_that_of_its_result_file():
+def test_the_gpu_table_quotes_its_result_file():
+    """The table of a GPU in README, and the text beside it, is that of its result file."""
     models = json.loads((RESULTS / "gpu.json").read_text())["models"]
     tables = [models[shape]["eager"] for shape in ("vit-base", "convnext-tiny")]
     rows = {
@@ -226,7 +229,9 @@ def test_the_table_of_a_gpu_is_that_of_its_result_file():
     assert both(memory, "joint step", "peak_memory_gib", relative=True) in page
 
 
-def test_what_compiling_and_large_batches_do_on_a_gpu_is_in_result_files():
+def test_gpu_compiling_and_batches_quote_result_files():
+    """What compiling and large batches do on a GPU is in result files."""
+
     def step(name: str, mode: str, kind: str) -> dict[str, float]:
         return json.loads((RESULTS / f"{name}.json").read_text())["models"]["vit-base"][mode][kind]
 
@@ -246,7 +251,9 @@ def test_what_compiling_and_large_batches_do_on_a_gpu_is_in_result_files():
     assert f"it is {large:.2f} plain steps uncompiled, and {frozen:.2f} with the classifier frozen" in page
 
 
-def test_the_page_on_fine_tuning_says_what_keeping_memory_saves():
+def test_kept_memory_savings_quote_their_result_files():
+    """The page on fine-tuning says what keeping memory saves, as its result files do."""
+
     def both(shape: str, name: str, variant: str) -> list[float]:
         rows = (
             json.loads((RESULTS / f"{name}{kept}.json").read_text())["models"][shape][variant]
@@ -268,7 +275,8 @@ def test_the_page_on_fine_tuning_says_what_keeping_memory_saves():
     assert f"one where patches vote {milliseconds('joint')}." in page
 
 
-def test_the_page_on_reliability_says_what_its_result_files_say():
+def test_the_reliability_page_quotes_its_result_files():
+    """The page on reliability says what its result files say."""
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     kills, memory, crowd, bad = (
         json.loads((RESULTS / f"{name}.json").read_text())
@@ -419,7 +427,8 @@ def test_controls_fail_every_figure_of_faithfulness():
             assert gained < best
 
 
-def test_the_comparison_with_two_stages_is_that_of_its_result_file():
+def test_the_two_stage_comparison_quotes_its_result_file():
+    """The comparison with two stages is that of its result file."""
     found = json.loads((RESULTS / "peer_amortized.json").read_text())
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     rows = []
@@ -443,6 +452,36 @@ def test_the_comparison_with_two_stages_is_that_of_its_result_file():
         peer["accuracy_surrogate"],
     ):
         assert f"{100 * accuracy:.2f} %" in page
+
+
+def rows_of_peers_on_digits(found: dict) -> tuple[list[str], list[str]]:
+    """Each recipe's curve in its own game, and what it comes to at the end in both games."""
+    curves, ends = [], []
+    keys = ("error_ratio", "correlation", "interaction_share")
+    for name in (name for name, run in found.items() if isinstance(run, dict) and "curve" in run):
+        for point in found[name]["curve"]:
+            low, high = point["interval"]
+            error = f"{point['error_ratio']:.3f} [{low:.3f}, {high:.3f}]"
+            accuracy = f"{100 * point['accuracy']:.1f} %" if "accuracy" in point else "-"
+            curves.append(
+                f"| {name} | {point['counted_cost']:.0f} | {error} | {point['correlation']:.3f} | {accuracy} |"
+            )
+        end = found[name]["at_the_end"]
+        own = found[name]["own_game"]
+        (other,) = set(end) - {own}
+        cells = [name, own, *(f"{end[game][key]:.3f}" for game in (own, other) for key in keys)]
+        ends.append(f"| {' | '.join(cells)} |")
+    return curves, ends
+
+
+def test_the_comparison_with_viashap_is_that_of_its_result_file():
+    found = json.loads((RESULTS / "peer_amortized_digits.json").read_text())
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    for rows in rows_of_peers_on_digits(found):
+        assert len(rows) >= 3 and "\n".join(rows) in page
+    text = " ".join(page.split())
+    assert f"{found['settings']['counted cost in plain steps of 64 images']:,} plain steps" in text
+    assert f"left as they are, its maps have an error of {found['ViaSHAP']['as_it_is']['error_ratio']:.3f}" in text
 
 
 def runs_of(recipe: str, backbone: str, studies: str = "") -> list[tuple[dict, dict]]:
@@ -518,18 +557,21 @@ def cifar10_rows() -> list[str]:
     return rows
 
 
-def test_the_table_on_cifar10_is_that_of_its_result_files():
+def test_the_cifar10_table_quotes_its_result_files():
+    """The table on CIFAR-10 in README is that of its result files."""
     assert "\n".join(cifar10_rows()) in text_of("docs/recipe.md")
 
 
-def test_what_spread_sizes_save_is_that_of_the_result_file():
+def test_spread_size_savings_quote_their_result_file():
+    """What spread sizes save is that of the result file."""
     models = json.loads((RESULTS / "coalition_sizes.json").read_text())["models"]
     ratios = [found["ratio"] for model in models.values() for found in model.values()]
     text = (ROOT / "docs" / "faithfulness.md").read_text()
     assert f"with {min(ratios):.2f} to {max(ratios):.2f} times fewer evaluations" in text
 
 
-def test_the_table_of_refinement_is_that_of_its_result_file():
+def test_the_refinement_table_quotes_its_result_file():
+    """The table of refinement is that of its result file."""
     found = json.loads((RESULTS / "refinement.json").read_text())
     budgets = [str(budget) for budget in found["settings"]["budgets"]]
     text = (ROOT / "docs" / "faithfulness.md").read_text()
@@ -593,7 +635,8 @@ def sanity_rows(found: dict) -> list[str]:
     ]
 
 
-def test_the_sanity_checks_are_those_of_their_result_file():
+def test_the_sanity_checks_quote_their_result_file():
+    """The sanity checks are those of their result file."""
     found = json.loads((RESULTS / "sanity_digits.json").read_text())
     text = " ".join((ROOT / "docs" / "faithfulness.md").read_text().split())
     assert " ".join(" ".join(sanity_rows(found)).split()) in text
@@ -604,7 +647,8 @@ def test_the_sanity_checks_are_those_of_their_result_file():
         assert f"{name} {others[name]['classifier']:.2f}" in text
 
 
-def test_every_result_file_names_the_command_that_made_it():
+def test_every_result_file_names_its_command():
+    """Every result file names the command that made it."""
     for path in RESULTS.rglob("*.json"):
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
 

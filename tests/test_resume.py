@@ -50,7 +50,8 @@ def complete(folder: Path) -> Path:
     return folder
 
 
-def test_the_newest_complete_checkpoint_is_taken_and_a_cut_off_one_refused(tmp_path):
+def test_resuming_takes_the_newest_complete_checkpoint(tmp_path):
+    """The newest complete checkpoint is taken, and a cut-off one is refused."""
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
     with pytest.raises(ValueError, match="no complete checkpoint .* train without it"):
         complete_checkpoint(True, tmp_path)
@@ -75,7 +76,8 @@ def test_a_checkpoint_that_lost_a_part_is_refused(lost, tmp_path):
         complete_checkpoint(folder, tmp_path)
 
 
-def test_surplus_checkpoints_go_oldest_first_and_the_best_stays(tmp_path):
+def test_the_oldest_surplus_checkpoints_go_first(tmp_path):
+    """Surplus checkpoints go oldest first, cut-off ones go at once, and the best stays."""
     folders = [complete(tmp_path / f"checkpoint-{step}") for step in (2, 10, 9)]
     cut_off = complete(tmp_path / "checkpoint-11")
     for age, folder in enumerate([*folders, cut_off]):
@@ -102,7 +104,9 @@ def make_trainer(folder: Path, steps: int) -> ShapleyTrainer:
     return trainer
 
 
-def test_a_run_that_dies_while_it_deletes_the_old_checkpoint_keeps_the_new_one(tmp_path, monkeypatch):
+def test_dying_while_deleting_keeps_the_new_checkpoint(tmp_path, monkeypatch):
+    """A run that dies while it deletes the old checkpoint keeps the new one."""
+
     def die_halfway(folder, *args, **kwargs):
         if Path(folder).is_dir():
             (Path(folder) / "model.safetensors").unlink()
@@ -118,14 +122,16 @@ def test_a_run_that_dies_while_it_deletes_the_old_checkpoint_keeps_the_new_one(t
     assert trainer.args.save_total_limit == 1
 
 
-def test_the_limit_of_checkpoints_is_kept_and_noted_as_it_was_given(tmp_path):
+def test_the_checkpoint_limit_is_kept_and_noted(tmp_path):
+    """The limit of checkpoints is kept, and noted as it was given."""
     make_trainer(tmp_path, steps=3).train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     noted = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
     assert noted.save_total_limit == 1
 
 
-def test_what_a_killed_run_left_of_a_checkpoint_is_not_mixed_with_the_new_one(tmp_path):
+def test_leftovers_of_killed_runs_are_not_mixed_in(tmp_path):
+    """What a killed run left of a checkpoint is not mixed with the new one."""
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1.incomplete").touch()
     (tmp_path / "checkpoint-1" / "rng_state_1.pth").touch()

@@ -116,7 +116,9 @@ def test_plain_checkpoints_are_read_as_safetensors_alone(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_resumed_run_does_not_run_what_a_checkpoint_pickled(file, tmp_path, trace):
+def test_resuming_never_runs_what_checkpoints_pickled(file, tmp_path, trace):
+    """A resumed run does not run what a checkpoint pickled."""
+
     def trainer():
         options = dict(max_steps=2, save_steps=1, per_device_train_batch_size=2, dataloader_pin_memory=False)
         args = ShapleyTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **options)
@@ -139,7 +141,8 @@ def plant_code(folder: Path, trace: Path, **entries) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
-def test_code_of_a_repository_does_not_run_where_the_package_is_installed(tmp_path, trace):
+def test_the_installed_package_runs_no_repositorys_code(tmp_path, trace):
+    """The code of a repository does not run where the package is installed."""
     folder = save_model(tmp_path / "model")
     custom = {TASK: {"impl": "evil.Evil", "pt": ["AutoModelForImageClassification"], "type": "image"}}
     auto_map = {"AutoConfig": "evil.Evil", "AutoModelForImageClassification": "evil.Evil"}
@@ -151,7 +154,8 @@ def test_code_of_a_repository_does_not_run_where_the_package_is_installed(tmp_pa
     assert not trace.exists()
 
 
-def test_code_of_an_unknown_architecture_runs_only_where_it_is_trusted(tmp_path, trace):
+def test_unknown_architectures_run_no_untrusted_code(tmp_path, trace):
+    """The code of an unknown architecture does not run where it is not trusted."""
     folder = save_model(tmp_path / "model")
     plant_code(folder, trace, model_type="evil", auto_map={"AutoConfig": "evil.Evil"})
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -159,7 +163,7 @@ def test_code_of_an_unknown_architecture_runs_only_where_it_is_trusted(tmp_path,
     assert not trace.exists()
 
 
-def test_code_of_an_image_processor_is_not_even_offered(tmp_path, trace, monkeypatch):
+def test_image_processor_code_is_not_even_offered(tmp_path, trace, monkeypatch):
     """Neither by the pipeline nor by the command line; transformers asks "Do you wish to run the custom code?"."""
     folder, picture = save_model(tmp_path / "model"), tmp_path / "picture.png"
     Image.new("RGB", (24, 16)).save(picture)
@@ -244,7 +248,8 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_texts_of_results_cannot_inject_anything_into_a_card(text, tmp_path):
+def test_texts_of_results_inject_nothing_into_cards(text, tmp_path):
+    """Texts of results cannot inject anything into a card: no tag, link, template or metadata."""
     metric = {"type": "accuracy", "value": 0.5, "name": text, "group": text, "settings": {text: text}}
     results = {
         "model_name": text, "summary": text, "labels": [text], "metrics": [metric], "limits": [text], "command": text,
@@ -275,7 +280,8 @@ def test_labels_cannot_inject_anything_into_figures_and_answers(text, tmp_path, 
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "out.svg", tmp_path / "out.png"}
 
 
-def test_a_label_that_looks_like_tex_is_drawn_as_it_is():
+def test_labels_like_tex_are_drawn_as_text():
+    """A label that looks like TeX is drawn as it is, and not parsed."""
     figure = attribution_figure(Image.new("RGB", (6, 4)), np.ones((1, 2, 3)), ["$\\frac{1}{$"])
     figure.savefig(io.BytesIO(), format="svg")
 
@@ -303,7 +309,8 @@ def test_labels_cannot_inject_html_into_the_demo(text, demo, tmp_path):
     assert {"div", "b", "style"} <= Tags(page).found
 
 
-def test_uploads_are_limited_in_bytes_and_pixels_before_they_are_decoded(demo, tmp_path):
+def test_uploads_are_limited_before_they_are_decoded(demo, tmp_path):
+    """Uploads are limited in bytes and pixels before they are decoded."""
     classifier = demo.load_classifier(str(save_model(tmp_path / "model")))
     with pytest.raises(ValueError, match="at most 10 MB"):
         demo.explain(classifier, b"\0" * (demo.MAX_BYTES + 1))
@@ -317,7 +324,8 @@ def test_uploads_are_limited_in_bytes_and_pixels_before_they_are_decoded(demo, t
     assert demo.LAUNCH["max_file_size"] == demo.MAX_BYTES
 
 
-def test_uploads_to_the_demo_are_removed_after_a_while():
+def test_demo_uploads_are_removed_after_a_while():
+    """Uploads to the demo are removed after a while, which is at most an hour by its settings."""
     calls = [node for node in ast.walk(ast.parse((DEMO / "app.py").read_text())) if isinstance(node, ast.Call)]
     (blocks,) = [call for call in calls if ast.unparse(call.func) == "gr.Blocks"]
     every, age = ast.literal_eval(next(word.value for word in blocks.keywords if word.arg == "delete_cache"))
@@ -325,7 +333,8 @@ def test_uploads_to_the_demo_are_removed_after_a_while():
 
 
 @pytest.mark.parametrize("format", ["EPS", "PSD", "ICNS", "PCX"])
-def test_formats_whose_parsers_start_programs_or_are_hardly_used_are_refused(format, tmp_path):
+def test_formats_of_risky_parsers_are_refused(format, tmp_path):
+    """Formats whose parsers start programs or are hardly used are refused."""
     path = tmp_path / "picture.png"
     Image.new("RGB" if format != "PCX" else "L", (16, 16)).save(path, "TIFF" if format == "PSD" else format)
     if format == "PSD":

@@ -131,7 +131,8 @@ def test_the_readout_term_averages_over_directions(backbone, tmp_path):
 
 @pytest.mark.parametrize("head", ["votes+influence", "pooled"])
 @pytest.mark.parametrize("adapters", ["none", "frozen", "learning"])
-def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(backbone, head, adapters, tmp_path):
+def test_frozen_classifiers_predict_alike_while_attributions_learn(backbone, head, adapters, tmp_path):
+    """A frozen classifier predicts the same while its attributions, and adapters if asked, learn."""
     size = 4 * (adapters != "none")
     model = make_model(backbone, head=head, influence_own_layers=1, coalition_adapter_size=size)
     model.freeze_classifier(adapters=adapters == "frozen")
@@ -153,7 +154,8 @@ def test_a_frozen_classifier_predicts_the_same_while_its_attributions_learn(back
     torch.testing.assert_close(after[2].sum(1), after[0] - model.base_values)
 
 
-def test_freezing_the_classifier_of_attributions_that_are_its_own_is_refused(backbone):
+def test_freezing_without_an_influence_head_is_refused(backbone):
+    """Freezing the classifier of attributions that are its own is refused."""
     with pytest.raises(ValueError, match="A frozen classifier needs an influence head"):
         make_model(backbone).freeze_classifier()
 
@@ -175,7 +177,8 @@ SGD = {
 }
 
 
-def test_accumulating_two_batches_of_four_is_one_batch_of_eight(backbone, tmp_path):
+def test_accumulated_batches_equal_one_large_batch(backbone, tmp_path):
+    """Accumulating two batches of four gives the losses and weights of one batch of eight."""
     weights, losses = [], []
     for size, accumulation in ((8, 1), (4, 2)):
         trainer = make_trainer(
@@ -222,7 +225,8 @@ def test_value_gradient_scales_what_flows_through_the_values(value_gradient, tmp
 
 
 @pytest.mark.parametrize("head", ["votes", "pooled"])
-def test_a_fraction_that_learns_through_the_values_gives_everyones_gradient_on_average(backbone, head, tmp_path):
+def test_a_learning_fraction_averages_to_everyones_gradient(backbone, head, tmp_path):
+    """A fraction that learns through the values gives everyone's gradient on average."""
     model = make_model(backbone, head=head).train()
     trainer = make_trainer(tmp_path, model, value_gradient=0.4)
     batch, num_players = batch_of(images(4)), 24
@@ -255,7 +259,8 @@ def test_the_shapley_term_leaves_detached_votes_alone(tmp_path):
     assert gradients(tmp_path, value_gradient=1.0, config=config)["classifier.weight"].abs().max() > 0
 
 
-def test_the_base_values_get_no_gradient_from_the_shapley_term(tmp_path):
+def test_the_shapley_term_leaves_base_values_alone(tmp_path):
+    """The base values get no gradient from the Shapley term while values are detached."""
     assert gradients(tmp_path, value_gradient=0.0)["classifier.bias"].abs().max() == 0
 
 
@@ -288,7 +293,8 @@ def test_what_is_not_given_suits_the_model(head, frozen, pairs, value_gradient, 
     assert (given.num_pairs, given.value_gradient, given.attribution_learning_rate) == (2, 0.0, 1e-2)
 
 
-def test_the_attribution_head_may_learn_at_a_rate_of_its_own(tmp_path):
+def test_the_attribution_head_may_have_another_rate(tmp_path):
+    """The attribution head may learn at a rate of its own, its weights decaying as in the stock trainer."""
     model = make_model("vit", head="votes+influence")
     args = ShapleyTrainingArguments(
         str(tmp_path), learning_rate=1e-3, attribution_learning_rate=5e-3, weight_decay=0.1, use_cpu=True
@@ -315,13 +321,15 @@ def test_the_head_may_learn_on_alone(backbone, tmp_path):
     assert all(name.startswith("attribution_head.") for name in learned)
 
 
-def test_the_weight_warms_up_over_its_fraction_of_the_steps(tmp_path):
+def test_the_shapley_weight_warms_up_as_asked(tmp_path):
+    """The weight of the Shapley term warms up over its fraction of the steps."""
     trainer = make_trainer(tmp_path, num_train_epochs=4, shapley_weight=2.0, shapley_warmup=0.5)
     trainer.train()
     assert logged(trainer, "shapley_weight") == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0])
 
 
-def test_a_fraction_of_the_batch_learns_through_the_values(tmp_path):
+def test_only_the_asked_fraction_learns_through_values(tmp_path):
+    """A fraction of the batch learns through the values, and all of it plays coalitions."""
     trainer = make_trainer(tmp_path, value_gradient_fraction=0.25, num_pairs=3)
     asked = []
 
@@ -365,7 +373,7 @@ def measured(trainer) -> dict[str, float]:
     return {name: value for name, value in trainer.evaluate().items() if "attribution_error" in name}
 
 
-def test_the_attribution_error_of_the_first_images_is_evaluated(tmp_path):
+def test_evaluation_measures_first_images_attribution_error(tmp_path):
     """4 players: all 16 coalitions are asked, so it is the enumerated error over the variance, of predicted labels."""
     model = make_model("vit", image_size=(8, 8))
     rows = [{**row, "pixel_values": row["pixel_values"][:, :8, :8]} for row in images(6)]
@@ -418,7 +426,7 @@ def test_the_least_attribution_error_is_the_best_model(tmp_path):
     assert measured(trainer)["eval_attribution_error"] == pytest.approx(min(errors), rel=1e-4)
 
 
-def test_an_error_that_cannot_be_measured_ends_no_training(tmp_path, caplog):
+def test_unmeasurable_attribution_errors_end_no_training(tmp_path, caplog):
     """A model that sees nothing has Shapley values without variance: the log says so, and the number is none."""
     model = make_model("vit")
     torch.nn.init.zeros_(model.classifier.weight)
@@ -440,7 +448,9 @@ def test_resuming_from_another_models_checkpoint_is_refused(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "convnext" / "checkpoint-1"))
 
 
-def test_coalitions_differ_between_steps_and_seeds_but_not_between_runs(tmp_path):
+def test_coalitions_differ_by_step_and_seed_only(tmp_path):
+    """Coalitions differ between steps and seeds, but not between runs."""
+
     def draws(seed):
         trainer = make_trainer(tmp_path, seed=seed)
         trainer.current_gradient_accumulation_steps = 1
@@ -498,7 +508,7 @@ def cross_entropy_of_all(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
-def test_a_callers_loss_leaves_the_problem_as_it_was(tmp_path):
+def test_a_callers_loss_leaves_the_problem_alone(tmp_path):
     """With `compute_loss_func` labels do not reach the model, as in `Trainer`: its scores stay those of a softmax."""
     given = []
 
@@ -535,7 +545,7 @@ def test_probabilities_as_labels_are_a_single_label_problem(tmp_path):
     assert all(value > 0 for value in logged(trainer, "loss_coalition"))
 
 
-def test_a_callers_loss_accumulates_as_the_joint_loss_does(tmp_path):
+def test_callers_losses_accumulate_as_the_joint_loss(tmp_path):
     """Two batches of four with `num_items_in_batch` give the terms and the weights of one batch of eight."""
     weights, losses = [], []
     for size, accumulation in ((8, 1), (4, 2)):
@@ -549,7 +559,7 @@ def test_a_callers_loss_accumulates_as_the_joint_loss_does(tmp_path):
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-4)
 
 
-def test_one_label_without_a_problem_type_is_a_regression(tmp_path):
+def test_one_label_without_problem_type_means_regression(tmp_path):
     """With a caller's loss a model of one label learns masked predictions by their squared error, as regression."""
     data = [{**row, "labels": row["labels"].float()} for row in images()]
     trainer = make_trainer(tmp_path, make_model("vit", num_labels=1), data)
@@ -658,7 +668,7 @@ def test_a_second_run_draws_what_the_first_did(stopped, tmp_path):
     assert logged(trainer, "loss_shapley") == pytest.approx(terms)
 
 
-def test_a_smaller_batch_after_running_out_of_memory_draws_anew(tmp_path):
+def test_a_batch_shrunk_for_memory_draws_anew(tmp_path):
     """`auto_find_batch_size`: the run with batches of three is the one that starts with three."""
     options = {"per_device_train_batch_size": 3, **TWO_BATCHES}
     trainer = make_trainer(tmp_path, **options)
@@ -685,7 +695,8 @@ def test_the_stock_trainer_trains_our_model(tmp_path):
     assert not torch.equal(before, model.classifier.weight)
 
 
-def test_arguments_parse_from_a_command_line_and_survive_json(tmp_path):
+def test_arguments_survive_command_line_and_json(tmp_path):
+    """Arguments parse from a command line and survive JSON."""
     (args,) = HfArgumentParser(ShapleyTrainingArguments).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--shapley_weight", "0.25", "--value_gradient", "0.5", "--use_cpu"]
     )

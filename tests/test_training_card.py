@@ -44,7 +44,8 @@ def card_in(folder) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-def test_a_saved_model_has_a_card_with_results_and_recipe(tmp_path):
+def test_saved_models_have_cards_of_results_and_recipe(tmp_path):
+    """A saved model has a card with its results and its recipe, and without this machine's paths."""
     trainer = make_trainer(tmp_path, learning_rate=3e-4, shapley_weight=0.25, num_pairs=2)
     trainer.train()
     trainer.evaluate()
@@ -72,7 +73,8 @@ def test_the_card_says_whether_attributions_were_trained(trained, tmp_path):
     assert (f"- {UNTRAINED}" in card_in(tmp_path).text) is not trained
 
 
-def test_a_pushed_card_says_that_attributions_were_not_trained():
+def test_pushed_cards_say_that_attributions_are_untrained():
+    """A pushed card says that attributions were not trained where that is so, and else does not."""
     results = {"model_name": "new", "limits": ["Small."]}
     model = make_model("vit", head="votes+influence")
     assert with_what_holds(results, model) == {**results, "game": model.game_name}
@@ -97,7 +99,8 @@ def test_the_training_card_says_whose_game_it_is(game, tmp_path):
     assert f"Whose game it is: {whose}, absent patches dropped." in card_in(tmp_path).text
 
 
-def test_the_card_names_every_option_of_the_head_that_was_set(tmp_path):
+def test_the_card_names_every_head_option_set(tmp_path):
+    """The card names every option of the head that was set, and none that was not."""
     make_trainer(tmp_path, model={"head": "adapted"}).create_model_card()
     text = card_in(tmp_path).text
     for setting in ("vote readout: pooled", "influence own layers: 1", "coalition adapter size: 64"):
@@ -162,7 +165,8 @@ def test_a_form_that_somebody_filled_in_is_kept(tmp_path):
     assert (tmp_path / "README.md").read_text() == filled
 
 
-def test_a_generated_card_is_replaced_and_can_go_to_another_folder(tmp_path):
+def test_generated_cards_are_replaced_and_follow_the_model(tmp_path):
+    """A generated card is replaced by a newer one, and can go to another folder with the model."""
     trainer = make_trainer(tmp_path / "run")
     trainer.create_model_card(model_name="First")
     trainer.create_model_card(model_name="Second")
@@ -188,7 +192,8 @@ def test_what_the_caller_says_reaches_the_card(tmp_path):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_data_set_is_described_as_far_as_it_knows_itself(tmp_path, wrapped):
+def test_data_sets_are_described_by_name_and_split(tmp_path, wrapped):
+    """A data set is described as far as it knows itself: by its name and split."""
     dataset = Dataset.from_dict({"labels": [0]}, split="validation")
     dataset.info.dataset_name = "toys"
     trainer = make_trainer(tmp_path, {"first": dataset} if wrapped else dataset)

@@ -35,7 +35,8 @@ def pixels(image):
 # ---- colours
 
 
-def test_the_colours_run_from_blue_over_white_to_red():
+def test_colours_run_from_blue_over_white_to_red():
+    """The colours run from blue at minus the scale over white at zero to red at the scale."""
     colours = map_colours([[-2.0, -1.0, 0.0, 1.0, 2.0]], scale=2.0)
     assert [tuple(colour) for colour in colours[0].tolist()] == [BLUE, LIGHT_BLUE, WHITE, LIGHT_RED, RED]
 
@@ -49,7 +50,8 @@ def test_beyond_the_scale_the_colour_stays_full():
     assert map_colours([[-7.0, 7.0]], scale=1.0).tolist() == [[list(BLUE), list(RED)]]
 
 
-def test_white_stays_at_zero_even_if_all_attributions_have_one_sign():
+def test_white_stays_at_zero_for_one_sign():
+    """White stays at zero even if all attributions have one sign."""
     colours = map_colours([[-3.0, -1.5, 0.0]])
     assert colours[0].tolist() == [list(BLUE), list(LIGHT_BLUE), list(WHITE)]
 
@@ -70,7 +72,8 @@ def test_a_colour_map_without_a_middle_is_refused(cmap):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_float_type_is_coloured_also_while_gradients_are_recorded(dtype):
+def test_floats_are_coloured_despite_recorded_gradients(dtype):
+    """Any float type is coloured, also while gradients are recorded."""
     attribution_map = torch.tensor([[1.0, -1.0]], dtype=dtype, requires_grad=True)
     assert map_colours(attribution_map).tolist() == [[list(RED), list(BLUE)]]
 
@@ -78,7 +81,8 @@ def test_any_float_type_is_coloured_also_while_gradients_are_recorded(dtype):
 # ---- scale
 
 
-def test_the_scale_is_the_largest_absolute_attribution_of_all_maps():
+def test_the_largest_absolute_attribution_sets_the_scale():
+    """The scale is the largest absolute attribution of all maps."""
     assert symmetric_scale(torch.tensor([[[1.0, -5.0]], [[2.0, 3.0]]])) == 5.0
 
 
@@ -103,7 +107,8 @@ def test_nan_and_infinity_are_refused(bad):
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 2, 2)])
-def test_a_map_that_is_not_a_grid_is_refused(shape):
+def test_maps_that_are_no_grid_are_refused(shape):
+    """A map that is not a grid is refused."""
     with pytest.raises(ValueError, match=r"of shape \(h, w\)"):
         overlay(Image.new("RGB", (4, 4)), torch.ones(shape))
 
@@ -127,7 +132,8 @@ def test_every_pixel_takes_the_patch_under_its_centre():
     assert placed.tolist() == [[1, 1, 2, 2, 2, 3, 3]]
 
 
-def test_pixels_that_the_model_does_not_see_have_no_attribution():
+def test_unseen_pixels_have_no_attribution():
+    """Pixels that the model does not see have no attribution: they are NaN in a placed map."""
     placed = place_map([[1.0, 2.0]], (6, 3), box=(1, 1, 5, 2))
     nan = float("nan")
     expected = torch.full((3, 6), nan, dtype=torch.double)
@@ -166,13 +172,15 @@ def test_alpha_is_the_share_of_the_colours():
     np.testing.assert_allclose(blended, 0.75 * 100 + 0.25 * np.array(RED), atol=1)
 
 
-def test_the_hues_of_the_picture_cannot_be_taken_for_attributions():
+def test_overlays_drop_the_hues_of_the_picture():
+    """The hues of the picture cannot be taken for attributions: an overlay shows it in grey."""
     green, red = (Image.new("RGB", (1, 1), colour) for colour in ((0, 130, 0), (255, 0, 0)))
     for image in (green, red):  # of nearly equal luminance: 76
         np.testing.assert_allclose(pixels(overlay(image, [[1.0]], alpha=0.5)), np.add(RED, 76)[None, None] / 2, atol=1)
 
 
-def test_outside_of_the_box_the_picture_keeps_its_colours():
+def test_the_picture_keeps_colours_outside_the_box():
+    """The picture keeps its colours outside of the box that the model sees."""
     blended = pixels(overlay(Image.new("RGB", (4, 4), (7, 8, 9)), [[1.0]], alpha=1.0, box=(1, 1, 3, 3)))
     seen = np.zeros((4, 4), bool)
     seen[1:3, 1:3] = True
@@ -192,7 +200,8 @@ def test_pictures_of_other_modes_get_overlays(mode):
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_an_alpha_outside_of_0_and_1_is_refused(alpha):
+def test_an_alpha_beyond_0_and_1_is_refused(alpha):
+    """An alpha outside of 0 and 1 is refused."""
     with pytest.raises(ValueError, match="`alpha` must be between 0 and 1"):
         overlay(Image.new("RGB", (4, 4)), [[1.0]], alpha=alpha)
 
@@ -249,7 +258,7 @@ def test_the_box_is_what_the_real_processor_shows(processor, size):
 @pytest.mark.parametrize(
     "name", [name for name in PROCESSORS if name.startswith(("ViT", "ConvNeXt, cropped", "resize and crop"))]
 )
-def test_a_marked_patch_is_found_again_on_the_original(name):
+def test_marked_patches_are_found_on_the_original(name):
     """Mark a spot, let the real processor look at it, attribute the patch that lit up: the overlay must cover it."""
     image = Image.new("RGB", (200, 120))
     image.paste((255, 255, 255), (110, 60, 118, 68))
@@ -293,7 +302,8 @@ def titles_of(figure):
     return [axes.get_title() for axes in figure.axes if axes.get_title()]
 
 
-def test_a_figure_has_a_panel_per_label_and_says_the_unit(draws):
+def test_figures_show_every_label_and_the_unit(draws):
+    """A figure has a panel per label, with the sum of its attributions, and says the unit."""
     figure = attribution_figure(Image.new("RGB", (50, 40)), draws[0], ["cat", "dog"], title="cat.png")
     sums = draws[0].sum((1, 2))
     assert titles_of(figure) == ["cat.png", f"cat\nsum {sums[0]:+.2f}", f"dog\nsum {sums[1]:+.2f}"]
@@ -309,7 +319,8 @@ def test_a_figure_shows_the_overlays_on_one_scale(draws):
     np.testing.assert_allclose(figure.axes[-1].get_ylim(), (-scale, scale))
 
 
-def test_a_grid_holds_every_picture_with_its_labels_in_order(draws):
+def test_grids_hold_pictures_with_labels_in_order(draws):
+    """A grid holds every picture with its labels in order."""
     images = [Image.new("RGB", (50, 40), (shade, 0, 0)) for shade in (10, 20, 30)]
     figure = attribution_grid(images, draws, [["a", "b"], ["c", "d"], ["e", "f"]], titles=["x", "y", "z"])
     assert [title.split("\n")[0] for title in titles_of(figure)] == ["x", "a", "b", "y", "c", "d", "z", "e", "f"]
@@ -341,7 +352,8 @@ def test_figures_are_freed_when_nobody_holds_them(draws):
     assert [figure() for figure in figures] == [None] * 3
 
 
-def test_a_figure_refuses_maps_of_one_label_without_its_dimension(draws):
+def test_figures_refuse_maps_without_label_dimension(draws):
+    """A figure refuses maps of one label without its dimension."""
     with pytest.raises(ValueError, match=r"of shape \(labels, h, w\), got \(4, 5\)"):
         attribution_figure(Image.new("RGB", (8, 8)), draws[0, 0], ["a"])
 
@@ -409,7 +421,7 @@ def test_a_long_name_keeps_its_start_and_end():
     assert total == "sum +6.00"
 
 
-def test_letters_that_no_font_has_are_written_as_escapes(monkeypatch):
+def test_letters_without_a_font_become_escapes(monkeypatch):
     """In place of boxes, which are all alike; matplotlib's warning about them would fail this test."""
     monkeypatch.setattr(panel_titles, "_installed_families", lambda: ["DejaVu Sans"])
     figure = attribution_figure(Image.new("RGB", (60, 40)), np.ones((1, 2, 3)), ["cat \U000f0000\U00030000\u3000dog"])

@@ -37,10 +37,13 @@ from .models.coalitions import (
     shapley_kernel_size_probabilities,
 )
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .models.configuration_shapley_any import ShapleyAnyConfig
 from .models.explaining import upsample_attributions
 from .models.heads import AttributionHead
 from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
+from .models.modeling_shapley_any import ShapleyForImageClassification
+from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
@@ -108,6 +111,9 @@ __all__ = [
     "Game",
     "InsertionDeletion",
     "RankingCurves",
+    "ShapleyBeitConfig",
+    "ShapleyBeitForImageClassification",
+    "ShapleyAnyConfig",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
     "ShapleyDeiTConfig",
@@ -119,6 +125,7 @@ __all__ = [
     "ShapleyEstimate",
     "ShapleyIJepaConfig",
     "ShapleyIJepaForImageClassification",
+    "ShapleyForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
     "ShapleyModelCard",

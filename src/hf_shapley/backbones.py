@@ -7,6 +7,9 @@ from typing import Any
 from transformers import (
     AutoConfig,
     BaseImageProcessor,
+    BeitConfig,
+    BeitForImageClassification,
+    BeitImageProcessorPil,
     BitImageProcessorPil,
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -30,6 +33,9 @@ from transformers import (
 )
 
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
+from .models.configuration_shapley_any import ShapleyAnyConfig, is_plain_classifier
+from .models.modeling_shapley_any import ShapleyForImageClassification
+from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
@@ -142,22 +148,30 @@ FAMILIES: dict[str, Family] = {
         ViTImageProcessorPil,
         _small_tokens,
     ),
+    "beit": Family(
+        ShapleyBeitConfig,
+        ShapleyBeitForImageClassification,
+        BeitConfig,
+        BeitForImageClassification,
+        BeitImageProcessorPil,
+        _small_tokens,
+    ),
 }
 """By the model type of the plain checkpoint."""
 
 
-def family_of(model_type: str, name: str) -> Family:
-    """The family of a checkpoint's model type, plain or ours.
+def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
+    """Our model for a checkpoint's model type, plain or ours: that of its backbone, else the one for any classifier.
 
     Raises:
         ValueError: there is none.
     """
     plain = model_type.removeprefix("shapley-")
-    if plain not in FAMILIES:
-        raise ValueError(
-            f"{name} is of type {model_type!r}, which has no Shapley model: it must be one of {list(FAMILIES)}."
-        )
-    return FAMILIES[plain]
+    if plain in FAMILIES:
+        return FAMILIES[plain].model
+    if model_type == ShapleyAnyConfig.model_type or is_plain_classifier(model_type):
+        return ShapleyForImageClassification
+    raise ValueError(f"{name} is of type {model_type!r}, which is no image classifier that transformers has.")
 
 
 class AutoShapleyForImageClassification:
@@ -165,7 +179,8 @@ class AutoShapleyForImageClassification:
 
         model = AutoShapleyForImageClassification.from_pretrained("google/vit-base-patch16-224")
 
-    A plain checkpoint keeps its predictions; its explanation is learned by `ShapleyTrainer`.
+    A plain checkpoint keeps its predictions; its explanation is learned by `ShapleyTrainer`. Of an architecture that
+    has no Shapley model of its own, `ShapleyForImageClassification` holds the stock one.
     """
 
     def __init__(self) -> None:
@@ -181,12 +196,12 @@ class AutoShapleyForImageClassification:
             **kwargs: passed on: options of `from_pretrained` and of the configuration.
 
         Raises:
-            ValueError: a checkpoint of an architecture without Shapley model.
+            ValueError: a checkpoint of no image classifier, or of one that cannot be explained.
             OSError: what is wrong with the checkpoint.
         """
         model_type = checkpoint_type(pretrained_model_name_or_path, kwargs)
-        family = family_of(model_type, f"The checkpoint {str(pretrained_model_name_or_path)!r}")
-        return family.model.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = model_class(model_type, f"The checkpoint {str(pretrained_model_name_or_path)!r}")
+        return model.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 def checkpoint_type(name: Any, options: Mapping[str, Any] | None = None) -> str:

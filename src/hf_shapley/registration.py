@@ -13,6 +13,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
 from .backbones import FAMILIES
+from .models.configuration_shapley_any import ShapleyAnyConfig
+from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .publishing.hub import push_with_card
 
@@ -64,9 +66,12 @@ def register() -> None:
         AutoModelForImageClassification.register(config, model, exist_ok=True)
         AutoModel.register(config, model.features_class, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
+    AutoConfig.register(ShapleyAnyConfig.model_type, ShapleyAnyConfig, exist_ok=True)
+    AutoModelForImageClassification.register(ShapleyAnyConfig, ShapleyForImageClassification, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
     )
     # Not by the classes themselves: their files also run from the Hub, where the template of our cards is missing.
-    for published in (*(family.model for family in FAMILIES.values()), ShapleyImageClassificationPipeline):
+    models = (*(family.model for family in FAMILIES.values()), ShapleyForImageClassification)
+    for published in (*models, ShapleyImageClassificationPipeline):
         published.push_to_hub = push_with_card  # type: ignore[attr-defined]

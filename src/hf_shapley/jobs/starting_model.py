@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, ViTImageProcessorPil
 
-from ..backbones import FAMILIES, checkpoint_type, family_of
+from ..backbones import FAMILIES, checkpoint_type, model_class
 from ..data.labels import given_names, label_maps
 from ..models.configuration_shapley import ShapleyConfigMixin
 
@@ -20,7 +20,7 @@ class ModelArguments:
 
     model: str | None = field(
         default=None,
-        metadata={"help": f"Plain or Shapley checkpoint ({', '.join(FAMILIES)}): folder or Hub id. None = scratch."},
+        metadata={"help": "Checkpoint of any image classifier, plain or Shapley: folder or Hub id. None = scratch."},
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint on the Hub."})
     vote_readout: str | None = field(
@@ -86,12 +86,12 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
         size = {"height": args.image_size, "width": args.image_size}
         config = family.config(**small, **options, **label_maps(labels))
         return family.model(config), ViTImageProcessorPil(size=size)
-    family = family_of(checkpoint_type(args.model, {"revision": args.revision}), f"`--model` {args.model!r}")
-    config = family.config.from_pretrained(args.model, revision=args.revision, **options)
+    ours = model_class(checkpoint_type(args.model, {"revision": args.revision}), f"`--model` {args.model!r}")
+    config = ours.config_class.from_pretrained(args.model, revision=args.revision, **options)
     known = {label: str(name) for label, name in config.id2label.items()}
     if sorted(known.values()) != sorted(labels):
-        config = family.config.from_pretrained(args.model, revision=args.revision, **options, **label_maps(labels))
-    model, info = family.model.from_pretrained(
+        config = ours.config_class.from_pretrained(args.model, revision=args.revision, **options, **label_maps(labels))
+    model, info = ours.from_pretrained(
         args.model, config=config, revision=args.revision, ignore_mismatched_sizes=True, output_loading_info=True
     )
     _fit_classifier(args, model, info, known)
@@ -104,7 +104,8 @@ def load_model(args: ModelArguments, labels: list[str]) -> tuple[PreTrainedModel
 def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str, Any], known: dict[int, str]) -> None:
     """Refuse a checkpoint's classifier that is for other labels, `known`, or begin it anew if that was asked for."""
     labels, names = model.config.id2label, given_names(known)
-    has_none = any(key.endswith("classifier.weight") for key in info["missing_keys"])
+    weights = {f"{layer}.weight" for layer in model.classifier_names}
+    has_none = bool(weights & set(info["missing_keys"]))
     if has_none and (args.freeze_classifier or args.freeze_adapters):
         raise ValueError(f"{args.model!r} has no classifier to keep: train without `--freeze_...` first.")
     is_of_others = bool(names) and not has_none and sorted(names) != sorted(labels.values())
@@ -112,7 +113,7 @@ def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str
     if args.ignore_mismatched_sizes:
         if is_of_others:  # weights of the same size would be those of other labels
             _restart_classifier(model)
-    elif is_of_others or any(key.endswith("classifier.weight") for key in wrong):
+    elif is_of_others or weights & set(wrong):
         raise ValueError(
             f"The classifier of {args.model!r} has {len(known)} labels, {list(known.values())[:10]}, the data set "
             f"{len(labels)}, {list(labels.values())[:10]}: give the data set's classes the checkpoint's names, in any "
@@ -124,6 +125,8 @@ def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str
 
 @torch.no_grad()
 def _restart_classifier(model: PreTrainedModel) -> None:
-    for layer in model.classifiers():
+    for name in model.classifier_names:
+        layer = model.get_submodule(name)
         layer.weight.normal_(std=model.config.initializer_range)
-        layer.bias.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()

@@ -48,7 +48,7 @@ class Backbone(Model):
         """Pixels (B, C, H, W) to what enters the first layer, which does not yet mix players."""
         raise NotImplementedError
 
-    def blocks(self) -> Sequence[Callable[[Tensor, Any], Tensor]]:
+    def blocks(self) -> Sequence[Callable[[Any, Any], Any]]:
         """Everything from there to the last layer, in order; each takes (state, rule) and gives a state."""
         raise NotImplementedError
 
@@ -67,11 +67,11 @@ class Backbone(Model):
         """The state after block `index`, adapted to what is absent; only under a structure, only with adapters."""
         raise NotImplementedError
 
-    def tokens(self, state: Tensor, rule: Any) -> Tensor:
+    def tokens(self, state: Any, rule: Any) -> Tensor:
         """A state as tokens, the players last: (B, T, D), T >= N."""
         raise NotImplementedError
 
-    def read(self, state: Tensor, rule: Any) -> Read:
+    def read(self, state: Any, rule: Any) -> Read:
         """What is read where the blocks end."""
         raise NotImplementedError
 

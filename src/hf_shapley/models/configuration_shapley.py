@@ -199,9 +199,9 @@ class ShapleyConfigMixin(Config):
         for name, choices in (("influence_block", INFLUENCE_BLOCKS), ("vote_readout", VOTE_READOUTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        if not isinstance(self.attribution_gradient, bool):
-            got = describe(self.attribution_gradient)
-            raise TypeError(f"`attribution_gradient` must be True or False, got {got}.")
+        got: Any = self.attribution_gradient
+        if not isinstance(got, bool):
+            raise TypeError(f"`attribution_gradient` must be True or False, got {describe(got)}.")
         for name in ("influence_own_layers", "influence_layers", "coalition_adapter_size"):
             check_count(getattr(self, name), name, 0)
         if self.vote_readout == "pooled" and not self.has_influence_head:
@@ -280,9 +280,14 @@ class ShapleyConfigMixin(Config):
             ) from error
         if found is not None:
             cls._check_type(found, repr(str(pretrained_model_name_or_path)))
-        if found == cls.plain_model_type:
-            config_dict = {**config_dict, "model_type": cls.model_type}
+            if found != cls.model_type:
+                config_dict = cls._of_plain(config_dict)
         return config_dict, kwargs
+
+    @classmethod
+    def _of_plain(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """A plain configuration's entries as ours."""
+        return {**entries, "model_type": cls.model_type}
 
     @classmethod
     def from_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
@@ -306,7 +311,7 @@ class ShapleyConfigMixin(Config):
         found = getattr(type(config), "model_type", cls.model_type)
         if found != cls.model_type:
             cls._check_type(found, "the configuration given")
-            entries = {**config.to_dict(), "model_type": cls.model_type, **options}
+            entries = {**cls._of_plain(config.to_dict()), **options}
             return cls(**entries, attn_implementation=config._attn_implementation)
         if options:
             config = copy.deepcopy(config)

@@ -16,9 +16,12 @@ from .posterior import ShapleyPosterior, coalitions_to_ask, shapley_posterior
 class ExplainingMixin(InputChecks):
     """`explain`, `check_explanation`, `coalition_values` and `game`."""
 
+    # Names of the linear layers whose mean the logits are.
+    classifier_names: tuple[str, ...] = ("classifier",)
+
     def classifiers(self) -> Sequence[nn.Module]:
         """The linear layer that classifies; or several, which share the readout evenly and give the mean."""
-        return [self.classifier]
+        return [self.get_submodule(name) for name in self.classifier_names]
 
     def classify(self, readouts: Tensor) -> Tensor:
         """Logits of readouts, (..., D') -> (..., K), float32."""

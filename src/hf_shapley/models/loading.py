@@ -29,8 +29,8 @@ TRAIN = "Train it with `ShapleyTrainer` or `hf-shapley train`."
 class LoadingMixin(Backbone):
     """`from_pretrained`, `save_pretrained` and freezing, of every Shapley classifier."""
 
-    # What `AutoModel` makes of a checkpoint: the backbone.
-    features_class: type
+    # What `AutoModel` makes of a checkpoint: the backbone; None = nothing.
+    features_class: type | None = None
 
     # What the first answer found; None = nobody asked yet.
     _is_untrained: bool | None = None
@@ -118,8 +118,9 @@ class LoadingMixin(Backbone):
         from .pipeline_shapley import custom_pipelines
 
         self.config.custom_pipelines = custom_pipelines()
-        features = f"{type(self).__module__.rpartition('.')[2]}.{self.features_class.__name__}"
-        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": features}
+        if self.features_class is not None:
+            features = f"{type(self).__module__.rpartition('.')[2]}.{self.features_class.__name__}"
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": features}
         names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
         publishing = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
         # The original format renames ViT's weights, and Trainer, which resumes by the model's own names, would then
@@ -144,8 +145,7 @@ class LoadingMixin(Backbone):
         if self.attribution_head.correction is None:
             raise ValueError(
                 "A frozen classifier needs an influence head, got none: its attributions are the classifier's own and "
-                "could not learn either. Load the checkpoint with `influence_layers` or `influence_own_layers` above "
-                "0."
+                "could not learn either. Load the checkpoint with `influence_layers` or `influence_own_layers` over 0."
             )
         self.requires_grad_(False)
         self.coalition_adapters.requires_grad_(not adapters)

@@ -4,7 +4,6 @@ One file for both stock classifiers: of a distilled one the readout is that of C
 side by side, and the classifier is the mean of two linear layers.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,21 +75,18 @@ class ShapleyDeiTForImageClassification(ShapleyImageClassifierMixin, TokenBackbo
         super().__init__(config)
         self.num_labels = config.num_labels
         self.deit = DeiTModel(config, add_pooling_layer=False)
-        for name in ("cls_classifier", "distillation_classifier") if config.distilled else ("classifier",):
+        if config.distilled:
+            self.classifier_names = ("cls_classifier", "distillation_classifier")
+        for name in self.classifier_names:
             self.add_module(name, nn.Linear(config.hidden_size, config.num_labels))
-        self.complete(readout_size=len(self.classifiers()) * config.hidden_size)
+        self.complete(readout_size=len(self.classifier_names) * config.hidden_size)
         self.post_init()
-
-    def classifiers(self) -> Sequence[nn.Module]:
-        if self.config.distilled:
-            return [self.cls_classifier, self.distillation_classifier]
-        return [self.classifier]
 
     def pool(self, prefix: Tensor, cells: Tensor | None, members: Tensor | None) -> Tensor:
         return prefix.flatten(2) if self.config.distilled else prefix[:, :, 0]  # (B, G, D')
 
     def votes(self, cells: Tensor) -> Tensor:
-        return cells.repeat(1, 1, len(self.classifiers()))
+        return cells.repeat(1, 1, len(self.classifier_names))
 
 
 ShapleyDeiTConfig.register_for_auto_class()

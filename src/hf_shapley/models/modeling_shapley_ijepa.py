@@ -63,7 +63,6 @@ class ShapleyIJepaForImageClassification(ShapleyImageClassifierMixin, TokenBackb
         self.post_init()
 
     def pool(self, prefix: Tensor, cells: Tensor | None, members: Tensor | None) -> Tensor:
-        assert cells is not None  # only prefix tokens, which there are not, are ever pooled alone
         return mean_of_members(cells, members)
 
 

@@ -36,6 +36,9 @@ class TokenRule(NamedTuple):
     coalitions: int = 1  # sets of prefix tokens, G
     members: Tensor | None = None  # bool (B, G, N); None = all players are in one
     absent: Tensor | None = None  # for adapters: the share of players that each token's coalition lacks, (B, T, 1)
+    grid: tuple[int, int] | None = None  # for layers with biases of their own, the players', (h, w)
+    places: Tensor | None = None  # likewise: which of an image's P + N tokens each token is, (T); None = they are all
+    bias: Tensor | None = None  # likewise: what all layers share, (1, H, T, T)
 
 
 class TokenLayer(StockLayer):
@@ -55,6 +58,14 @@ class TokenLayer(StockLayer):
         """The rest of the layer: what entered it (..., D), and what the attention read, not yet projected (..., D)."""
         raise NotImplementedError
 
+    def whole(self, tokens: Tensor, rule: TokenRule) -> Tensor:
+        """The layer for all tokens, (B, T, D) -> (B, T, D)."""
+        return super().forward(tokens, rule.mask)
+
+    def mask_of(self, rule: TokenRule) -> Any:
+        """What the attention adds to its scores."""
+        return rule.mask
+
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
         """The stock layer (B, T, D) -> (B, T, D), or under a `TokenRule` in the mask's place a part of it."""
         rule = attention_mask
@@ -62,18 +73,18 @@ class TokenLayer(StockLayer):
             return super().forward(hidden_states, rule, **kwargs)
         readers = rule.readers if self.is_last else None
         if readers is None and rule.images is None:
-            return super().forward(hidden_states, rule.mask, **kwargs)
+            return self.whole(hidden_states, rule)
         normed = self.normed(hidden_states)
         normed = normed.to(dtype_of_products(normed))  # once, where autocast would do it for each that reads it
         if rule.images is None:
-            return self.finished(hidden_states[:, :readers], self._attend(normed, rule.mask, readers))
+            return self.finished(hidden_states[:, :readers], self._attend(normed, self.mask_of(rule), readers))
         tokens, lone = unpacked(normed, rule.images, self.prefix)
         # A lone token has one key, its own: it reads its own value, whatever the scores.
         alone = self.attention.v_proj(lone) if self.prefix == 1 else self._attend(lone[None])[0]
         if readers is not None:
             whole, entered = unpacked(hidden_states, rule.images, self.prefix)
             hidden_states = packed(whole[:, :readers], entered)
-        return self.finished(hidden_states, packed(self._attend(tokens, None, readers), alone))
+        return self.finished(hidden_states, packed(self._attend(tokens, self.mask_of(rule), readers), alone))
 
     def _attend(self, tokens: Tensor, mask: Any = None, readers: int | None = None) -> Tensor:
         """What the first tokens read of all: (B, T, D), a mask of T rows -> (B, Q, D), not yet projected."""
@@ -131,8 +142,8 @@ class TokenBackbone(Backbone):
     """
 
     prefix: int = 1  # number of prefix tokens, P
-    reads_prefix: ClassVar[bool] = True  # whether the pooled readout is of the prefix tokens
-    reads_cells: ClassVar[bool] = False  # whether the pooled readout is of the players' tokens too
+    reads_prefix: bool = True  # whether the pooled readout is of the prefix tokens
+    reads_cells: bool = False  # whether the pooled readout is of the players' tokens too
     takes_any_size: ClassVar[bool] = False  # whether the stock model does, without `interpolate_pos_encoding`
     layer_class: ClassVar[type]
     influence_class: ClassVar[type]
@@ -285,6 +296,10 @@ class TokenBackbone(Backbone):
         """What is read of the empty coalition, (D'), from its prefix tokens after the norm, (P, D)."""
         return self.pool(lone[None, None], None, None)[0, 0]
 
+    def rule_of_none(self) -> TokenRule | None:
+        """The rule for the prefix tokens of the empty coalition by themselves."""
+        return None
+
     def empty_token(self) -> Tensor:
         """What the classifier reads where there is no patch at all: (D')."""
         if not self.reads_prefix:
@@ -293,7 +308,7 @@ class TokenBackbone(Backbone):
         shape = (1, self.config.num_channels, *_pair(self.config.image_size))
         state = self.embed(torch.zeros(shape, device=self._input_device))[:, : self.prefix]
         for block in self.blocks():
-            state = block(state, None)
+            state = block(state, self.rule_of_none())
         return self._pool_of_none(self.final_norm()(state)[0])
 
     def recorded(
@@ -318,11 +333,16 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def mean_of_members(cells: Tensor, members: Tensor | None) -> Tensor:
+def mean_of_members(cells: Tensor | None, members: Tensor | None) -> Tensor:
     """Mean of the players' tokens (B, N, D) over each coalition of bool (B, G, N), None = all: (B, G, D).
 
     Over no player at all it is 0.
+
+    Raises:
+        ValueError: there are no tokens, of whose width nothing is known.
     """
+    if cells is None:
+        raise ValueError("The mean of no tokens has no width.")
     if members is None:
         return cells.mean(1, keepdim=True)
     sizes = members.sum(-1, keepdim=True).clamp(min=1)
