@@ -1,6 +1,6 @@
 # make demo     train a small self-explaining model and look at its explanations
 # make test     run the tests, with a Chromium that it installs where there is none;
-#               PYTEST_ARGS="tests/test_losses.py -k efficiency" runs some of them
+#               PYTEST_ARGS="tests/training/test_losses.py -k paired" runs some of them
 # make lint     check style, types, dead code and layout
 # make coverage run the tests, show the lines of src/ that none reaches, and refuse less than 95 % of them
 # make quality  lint, docs and coverage: everything that must hold before a change goes in
@@ -26,8 +26,8 @@ SOURCES := src tests $(wildcard examples benchmarks)
 # Names that Hugging Face, torch or Python calls, not we.
 HOOKS := __dir__,__getattr__,_compute,_forward,_info,_init_weights,_issue_warnings_after_load,_sanitize_parameters,$\
 	accepts_loss_kwargs,card_data_class,compute_metrics,default_template_path,do_*,exception,handle_*,hub_private_repo,$\
-	head,keys_to_ignore_at_inference,log_message,loss_is_scaled_for_ga,on_*,protocol_version,pytestmark,pytest_*,$\
-	remove_unused_columns,_save_optimizer_and_scheduler,setup_context,supports_gradient_checkpointing,__class__,$\
+	head,input_modalities,keys_to_ignore_at_inference,log_message,main_input_name,momentum,loss_is_scaled_for_ga,on_*,protocol_version,pytestmark,pytest_*,$\
+	remove_unused_columns,_save_optimizer_and_scheduler,setup_context,sub_configs,supports_gradient_checkpointing,__class__,$\
 	intra_op_num_threads,generate_vmap_rule
 
 # A server that finds its handlers by address, what tests run as processes of their own, and what transformers' tests ask.

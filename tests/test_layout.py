@@ -185,6 +185,11 @@ def test_functions_stay_short(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_files_stay_short(module):
+    assert MODULES[module].count("\n") <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_figures_stay_outside_of_pyplot(module):
     assert "pyplot" not in re.sub(r'""".*?"""', "", MODULES[module], flags=re.DOTALL)
 

@@ -119,7 +119,7 @@ def sanity_rows_of_readme() -> list[tuple[str, ...]]:
     ]
 
 
-def test_readmes_table_of_evidence_is_that_of_its_result_files():
+def test_readmes_evidence_is_that_of_its_files():
     rows = [*digits_rows(), *cifar10_rows_of_readme(), *cost_rows_of_readme(), *sanity_rows_of_readme()]
     table = "| | ViT | ConvNeXt | head, game |\n|---|---|---|---|\n"
     assert table + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" in README
@@ -359,7 +359,7 @@ def permutations_as_near(found: dict) -> str:
     return "at most 256" if enough == 256 else f"{enough // 2} to {enough}"
 
 
-def test_the_comparison_on_cifar10_is_that_of_its_result_files():
+def test_the_cifar10_comparison_is_its_result_files():
     page = (ROOT / "docs" / "faithfulness.md").read_text(encoding="utf-8")
     assert "\n".join(rows_of_four_models()) in page
     assert f"| {' | '.join(['permutations as near as ours', '', *map(permutations_as_near, FOUR_MODELS)])} |" in page
@@ -396,7 +396,7 @@ def faithfulness_tables(found: dict) -> list[list[str]]:
     return [[f"| {' | '.join(map(str, row))} |" for row in table] for table in tables]
 
 
-def test_the_comparison_on_digits_is_that_of_its_result_file():
+def test_the_digits_comparison_is_its_result_files():
     found = json.loads((RESULTS / "faithfulness_digits.json").read_text())
     page = (ROOT / "docs" / "faithfulness.md").read_text(encoding="utf-8")
     for table in faithfulness_tables(found):
@@ -474,7 +474,7 @@ def rows_of_peers_on_digits(found: dict) -> tuple[list[str], list[str]]:
     return curves, ends
 
 
-def test_the_comparison_with_viashap_is_that_of_its_result_file():
+def test_the_viashap_comparison_is_its_result_files():
     found = json.loads((RESULTS / "peer_amortized_digits.json").read_text())
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     for rows in rows_of_peers_on_digits(found):
@@ -653,7 +653,7 @@ def test_every_result_file_names_its_command():
         assert json.loads(path.read_text())["command"].startswith(("hf-shapley ", "python benchmarks/")), path
 
 
-def test_the_defaults_are_those_of_the_run_in_the_own_game():
+def test_the_defaults_are_the_own_game_runs():
     """That a page says what they give is that run's; other options of it are gone, or say the same."""
     ((_, found),) = runs_of("own game", "vit", EIGHT)
     rate, options = found["settings"]["learning_rate"], found["options"]

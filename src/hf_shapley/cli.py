@@ -98,7 +98,7 @@ def _add_train(commands) -> None:
         "train",
         _train,
         "Train or fine-tune a Shapley image classifier; with no option, a small one on digits. Takes --model and "
-        "--dataset (folders or Hub ids), --output_dir, --image_column, --label_column, --attribution_head, and every "
+        "--dataset (folders or Hub ids), --output_dir, --image_column, --label_column, --freeze_classifier, and every "
         "option of ShapleyTrainingArguments: --shapley_weight, --learning_rate, --num_train_epochs, --push_to_hub ...",
         "hf-shapley train --model google/vit-base-patch16-224-in21k --dataset ethz/food101 --output_dir food101",
     )

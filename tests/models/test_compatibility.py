@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from hf_shapley import ShapleyConvNextForImageClassification, ShapleyViTForImageClassification
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FROZEN = sorted(path.parent for path in (ROOT / "tests" / "data").glob("*/*/config.json"))
 
 

@@ -95,7 +95,7 @@ def two_processes(tmp_path_factory) -> Path:
     """Folder of what two processes made, started once for all tests."""
     folder = tmp_path_factory.mktemp("two_processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [*command, __file__, str(folder)], env=environment, timeout=300, capture_output=True, text=True
     )

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 # The tests read what a few processes saw: one worker must run them all, or those would run once for each worker.
 pytestmark = pytest.mark.xdist_group("hub")
 
-CLIENTS = Path(__file__).with_name("hub_clients.py")
+CLIENTS = Path(__file__).parents[1] / "hub_clients.py"
 NOWHERE = "http://127.0.0.1:9"  # the discard port
 CODE = {
     "coalitions.py",

@@ -135,7 +135,8 @@ def test_streams_are_read_only_slightly_ahead(tmp_path):
 
 def test_killed_runs_lose_nothing_and_repeat_nothing(tmp_path):
     """12 runs, killed at random lines and then finished, leave byte for byte what an undisturbed run leaves."""
-    subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, check=True, timeout=300)
     expected = contents(tmp_path / "undisturbed")
     assert len(expected) == 2 * 4
     killed = sorted(tmp_path.glob("killed-*"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 FULL = bool(os.environ.get("LONG_RUNS"))
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory by glibc's rules")

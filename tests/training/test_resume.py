@@ -19,7 +19,7 @@ from hf_shapley.training.checkpoints import (
     marked_incomplete,
 )
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"
 CONFIGURATIONS = [
     "vit, 1 batches a step, 1 processes",
     "convnext, 2 batches a step, 1 processes",

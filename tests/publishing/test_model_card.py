@@ -17,7 +17,7 @@ from hf_shapley.publishing.hub import _add_tags
 from hf_shapley.publishing.model_card import MARKER, RECORD, render_model_card, results_of_card, write_model_card
 
 markdown_it = pytest.importorskip("markdown_it")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
