@@ -80,6 +80,31 @@ def rest_of_beit(stock, tokens, kept=slice(None)):
     return stock.classifier(stock.beit.pooler(tokens))
 
 
+def rest_of_data2vec(stock, tokens, kept):
+    """As of BEiT, whose parts have other names here."""
+    encoder = stock.data2vec_vision.encoder
+
+    def bias(of):
+        return 0 if of is None else of((3, 3))[:, :, kept][:, :, :, kept]
+
+    for layer in encoder.layer:
+        attention, normed = layer.attention.attention, layer.layernorm_before(tokens)
+        heads = [
+            part(normed).unflatten(-1, (4, 8)).transpose(1, 2)
+            for part in (attention.query, attention.key, attention.value)
+        ]
+        scores = heads[0] @ heads[1].mT / 8**0.5 + bias(getattr(encoder, "relative_position_bias", None))
+        scores = scores + bias(getattr(attention, "relative_position_bias", None))
+        attended = (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+        tokens = tokens + layer.lambda_1 * layer.attention.output.dense(attended)
+        hidden = layer.intermediate(layer.layernorm_after(tokens))
+        tokens = tokens + layer.lambda_2 * layer.output.dense(hidden)
+    tokens = stock.data2vec_vision.layernorm(tokens)
+    if stock.config.use_mean_pooling and tokens.shape[1] == 1:
+        return stock.classifier(stock.data2vec_vision.pooler.layernorm(torch.zeros(1, 32)))
+    return stock.classifier(stock.data2vec_vision.pooler(tokens))
+
+
 @dataclass(frozen=True)
 class Case:
     """A stock classifier, and what of it is known from outside this package.
@@ -107,6 +132,13 @@ class Case:
         return self.plain or FAMILIES[self.family].plain_model
 
 
+READ_BY_CLS = {
+    "use_mean_pooling": False,
+    "use_absolute_position_embeddings": True,
+    "use_shared_relative_position_bias": True,
+    "use_relative_position_bias": True,
+    "drop_path_rate": 0.0,
+}
 CASES = {
     "vit": Case("vit", 1, rest_of_vit),
     "deit": Case("deit", 2, rest_of_vit),
@@ -132,19 +164,11 @@ CASES = {
         non_square=False,
     ),
     "beit": Case("beit", 1, rest_of_beit, {"use_relative_position_bias": True, "drop_path_rate": 0.0}),
-    "beit, CLS": Case(
-        "beit",
-        1,
-        rest_of_beit,
-        {
-            "use_mean_pooling": False,
-            "use_absolute_position_embeddings": True,
-            "use_shared_relative_position_bias": True,
-            "use_relative_position_bias": True,
-            "drop_path_rate": 0.0,
-        },
-        non_square=False,
+    "beit, CLS": Case("beit", 1, rest_of_beit, READ_BY_CLS, non_square=False),
+    "data2vec-vision": Case(
+        "data2vec-vision", 1, rest_of_data2vec, {"use_relative_position_bias": True, "drop_path_rate": 0.0}
     ),
+    "data2vec-vision, CLS": Case("data2vec-vision", 1, rest_of_data2vec, READ_BY_CLS, non_square=False),
 }
 
 

@@ -122,6 +122,18 @@ INTERNAL = {
         "ShapleyBeitMLP",
         "ShapleyBeitModel",
         "restricted",
+        "BiasedBackbone",
+        "BiasedConfigMixin",
+        "BiasedInfluenceLayer",
+        "BiasedLayer",
+    },
+    "models/modeling_shapley_data2vec_vision": {
+        "InfluenceData2VecVisionLayer",
+        "NamedAsElsewhere",
+        "ShapleyData2VecVisionLayer",
+        "ShapleyData2VecVisionModel",
+        "ShapleyData2VecVisionSdpaSelfAttention",
+        "ShapleyData2VecVisionSelfAttention",
     },
     "models/modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
     "models/pipeline_shapley": {

@@ -52,6 +52,10 @@ from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_data2vec_vision import (
+    ShapleyData2VecVisionConfig,
+    ShapleyData2VecVisionForImageClassification,
+)
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2Config,
@@ -118,6 +122,8 @@ __all__ = [
     "ShapleyBeitForImageClassification",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
+    "ShapleyData2VecVisionConfig",
+    "ShapleyData2VecVisionForImageClassification",
     "ShapleyDeiTConfig",
     "ShapleyDeiTForImageClassification",
     "ShapleyDinov2Config",

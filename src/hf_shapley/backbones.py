@@ -14,6 +14,8 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessorPil,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTImageProcessorPil,
@@ -35,6 +37,10 @@ from transformers import (
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_data2vec_vision import (
+    ShapleyData2VecVisionConfig,
+    ShapleyData2VecVisionForImageClassification,
+)
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2Config,
@@ -151,6 +157,14 @@ FAMILIES: dict[str, Family] = {
         ShapleyBeitForImageClassification,
         BeitConfig,
         BeitForImageClassification,
+        BeitImageProcessorPil,
+        _small_tokens,
+    ),
+    "data2vec-vision": Family(
+        ShapleyData2VecVisionConfig,
+        ShapleyData2VecVisionForImageClassification,
+        Data2VecVisionConfig,
+        Data2VecVisionForImageClassification,
         BeitImageProcessorPil,
         _small_tokens,
     ),

@@ -53,6 +53,10 @@ class TokenLayer:
         """The rest of the layer: what entered it (..., D), and what the attention read, not yet projected (..., D)."""
         raise NotImplementedError
 
+    def projections(self) -> Any:
+        """The part of the stock attention that has `q_proj`, `k_proj`, `v_proj`, `head_dim`, `scaling` and so on."""
+        return self.attention
+
     def whole(self, tokens: Tensor, rule: TokenRule) -> Tensor:
         """The layer for all tokens, (B, T, D) -> (B, T, D)."""
         return super().forward(tokens, rule.mask)
@@ -75,7 +79,7 @@ class TokenLayer:
             return self.finished(hidden_states[:, :readers], self._attend(normed, self.mask_of(rule), readers))
         tokens, lone = unpacked(normed, rule.images, self.prefix)
         # A lone token has one key, its own: it reads its own value, whatever the scores.
-        alone = self.attention.v_proj(lone) if self.prefix == 1 else self._attend(lone[None])[0]
+        alone = self.projections().v_proj(lone) if self.prefix == 1 else self._attend(lone[None])[0]
         if readers is not None:
             whole, entered = unpacked(hidden_states, rule.images, self.prefix)
             hidden_states = packed(whole[:, :readers], entered)
@@ -83,7 +87,7 @@ class TokenLayer:
 
     def _attend(self, tokens: Tensor, mask: Any = None, readers: int | None = None) -> Tensor:
         """What the first tokens read of all: (B, T, D), a mask of T rows -> (B, Q, D), not yet projected."""
-        attention = self.attention
+        attention = self.projections()
 
         def heads_of(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
