@@ -11,6 +11,7 @@ import torch
 from conftest import HEADS
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForImageClassification,
     DeiTForImageClassificationWithTeacher,
     PreTrainedModel,
@@ -105,6 +106,16 @@ def rest_of_data2vec(stock, tokens, kept):
     return stock.classifier(stock.data2vec_vision.pooler(tokens))
 
 
+def rest_of_tower(stock, tokens, kept=None):
+    tower = stock.vision_model
+    if not tokens.shape[1]:
+        return stock.classifier(torch.zeros(1, 32))  # the mean of nothing
+    for layer in tower.encoder.layers:
+        tokens = layer(tokens, None)
+    cells = tower.post_layernorm(tokens) if stock.config.model_type == "siglip" else tokens[:, 1:]
+    return stock.classifier(cells.mean(1) if cells.shape[1] else torch.zeros(1, 32))
+
+
 @dataclass(frozen=True)
 class Case:
     """A stock classifier, and what of it is known from outside this package.
@@ -168,6 +179,9 @@ CASES = {
     "data2vec-vision": Case(
         "data2vec-vision", 1, rest_of_data2vec, {"use_relative_position_bias": True, "drop_path_rate": 0.0}
     ),
+    "clip": Case("clip", 1, rest_of_tower, without_part="vision_model.post_layernorm", non_square=False),
+    "metaclip_2": Case("metaclip_2", 1, rest_of_tower, without_part="vision_model.post_layernorm", non_square=False),
+    "siglip": Case("siglip", 0, rest_of_tower, without_part="vision_model.head", non_square=False),
     "data2vec-vision, CLS": Case("data2vec-vision", 1, rest_of_data2vec, READ_BY_CLS, non_square=False),
 }
 
@@ -475,6 +489,8 @@ def test_a_saved_model_comes_back_the_same(case, tmp_path):
         loaded = cls.from_pretrained(tmp_path).eval()
         assert type(loaded) is type(model)
         assert torch.equal(loaded(pixels()).attributions, model(pixels()).attributions)
+    features = AutoModel.from_pretrained(tmp_path).eval()(pixels()).last_hidden_state
+    assert torch.equal(features, model.stock(pixels()).last_hidden_state)
     sources = {path.stem: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.py")}
     named = {reference.split(".")[0] for reference in model.config.auto_map.values()}
     imported = {found for text in sources.values() for found in re.findall(r"^\s*from \.(\w+) import", text, re.M)}

@@ -51,6 +51,14 @@ from .models.heads import AttributionHead
 from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
+from .models.modeling_shapley_clip import (
+    ShapleyCLIPConfig,
+    ShapleyCLIPForImageClassification,
+    ShapleyMetaClip2Config,
+    ShapleyMetaClip2ForImageClassification,
+    ShapleySiglipConfig,
+    ShapleySiglipForImageClassification,
+)
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_data2vec_vision import (
     ShapleyData2VecVisionConfig,
@@ -120,6 +128,8 @@ __all__ = [
     "RankingCurves",
     "ShapleyBeitConfig",
     "ShapleyBeitForImageClassification",
+    "ShapleyCLIPConfig",
+    "ShapleyCLIPForImageClassification",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
     "ShapleyData2VecVisionConfig",
@@ -135,8 +145,12 @@ __all__ = [
     "ShapleyIJepaForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
+    "ShapleyMetaClip2Config",
+    "ShapleyMetaClip2ForImageClassification",
     "ShapleyModelCard",
     "ShapleyModelCardData",
+    "ShapleySiglipConfig",
+    "ShapleySiglipForImageClassification",
     "ShapleyTrainer",
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",

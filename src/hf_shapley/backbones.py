@@ -11,6 +11,9 @@ from transformers import (
     BeitForImageClassification,
     BeitImageProcessorPil,
     BitImageProcessorPil,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPImageProcessorPil,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessorPil,
@@ -25,8 +28,13 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     IJepaConfig,
     IJepaForImageClassification,
+    MetaClip2Config,
+    MetaClip2ForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -36,6 +44,14 @@ from transformers import (
 
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
+from .models.modeling_shapley_clip import (
+    ShapleyCLIPConfig,
+    ShapleyCLIPForImageClassification,
+    ShapleyMetaClip2Config,
+    ShapleyMetaClip2ForImageClassification,
+    ShapleySiglipConfig,
+    ShapleySiglipForImageClassification,
+)
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_data2vec_vision import (
     ShapleyData2VecVisionConfig,
@@ -67,6 +83,10 @@ def _small_tokens(hidden_size: int, num_layers: int, image_size: Any, patch_size
 def _small_dinov2(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
     shape = _small_tokens(hidden_size, num_layers, image_size, patch_size)
     return {**shape, "mlp_ratio": shape.pop("intermediate_size") // hidden_size}
+
+
+def _small_tower(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
+    return {"vision_config": _small_tokens(hidden_size, num_layers, image_size, patch_size)}
 
 
 def _small_cells(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
@@ -167,6 +187,30 @@ FAMILIES: dict[str, Family] = {
         Data2VecVisionForImageClassification,
         BeitImageProcessorPil,
         _small_tokens,
+    ),
+    "clip": Family(
+        ShapleyCLIPConfig,
+        ShapleyCLIPForImageClassification,
+        CLIPConfig,
+        CLIPForImageClassification,
+        CLIPImageProcessorPil,
+        _small_tower,
+    ),
+    "metaclip_2": Family(
+        ShapleyMetaClip2Config,
+        ShapleyMetaClip2ForImageClassification,
+        MetaClip2Config,
+        MetaClip2ForImageClassification,
+        CLIPImageProcessorPil,
+        _small_tower,
+    ),
+    "siglip": Family(
+        ShapleySiglipConfig,
+        ShapleySiglipForImageClassification,
+        SiglipConfig,
+        SiglipForImageClassification,
+        SiglipImageProcessorPil,
+        _small_tower,
     ),
 }
 """By the model type of the plain checkpoint."""

@@ -125,5 +125,5 @@ def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str
 @torch.no_grad()
 def _restart_classifier(model: PreTrainedModel) -> None:
     for layer in model.classifiers():
-        layer.weight.normal_(std=model.config.initializer_range)
+        layer.weight.normal_(std=getattr(model.config, "initializer_range", 0.02))
         layer.bias.zero_()

@@ -157,6 +157,10 @@ class TokenBackbone(Backbone):
         """The norm after the last layer."""
         return self.stock.layernorm
 
+    def finish(self, tokens: Tensor) -> Tensor:
+        """What follows the last layer."""
+        return self.final_norm()(tokens)
+
     def stock_layers(self) -> Sequence[Any]:
         """The stock model's layers."""
         return self.stock.layers
@@ -279,7 +283,7 @@ class TokenBackbone(Backbone):
 
     def read(self, state: Tensor, rule: TokenRule | None) -> Read:
         rule = rule or TokenRule()
-        normed, lone = self.final_norm()(state), None
+        normed, lone = self.finish(state), None
         if rule.images is not None:
             normed, lone = unpacked(normed, rule.images, self.prefix)
         prefix, cells = normed.tensor_split([rule.coalitions * self.prefix], dim=1)
@@ -306,7 +310,7 @@ class TokenBackbone(Backbone):
         state = self.embed(torch.zeros(shape, device=self._input_device))[:, : self.prefix]
         for block in self.blocks():
             state = block(state, self.rule_of_none())
-        return self._pool_of_none(self.final_norm()(state)[0])
+        return self._pool_of_none(self.finish(state)[0])
 
     def recorded(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool, **wanted: Any
