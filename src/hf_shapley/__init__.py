@@ -45,6 +45,10 @@ from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_data2vec_vision import (
+    ShapleyData2VecVisionConfig,
+    ShapleyData2VecVisionForImageClassification,
+)
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2Config,
@@ -53,6 +57,14 @@ from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2WithRegistersForImageClassification,
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
+from .models.modeling_shapley_vision_towers import (
+    ShapleyCLIPConfig,
+    ShapleyCLIPForImageClassification,
+    ShapleyMetaClip2Config,
+    ShapleyMetaClip2ForImageClassification,
+    ShapleySiglipConfig,
+    ShapleySiglipForImageClassification,
+)
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
@@ -114,8 +126,12 @@ __all__ = [
     "ShapleyBeitConfig",
     "ShapleyBeitForImageClassification",
     "ShapleyAnyConfig",
+    "ShapleyCLIPConfig",
+    "ShapleyCLIPForImageClassification",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
+    "ShapleyData2VecVisionConfig",
+    "ShapleyData2VecVisionForImageClassification",
     "ShapleyDeiTConfig",
     "ShapleyDeiTForImageClassification",
     "ShapleyDinov2Config",
@@ -128,8 +144,12 @@ __all__ = [
     "ShapleyForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
+    "ShapleyMetaClip2Config",
+    "ShapleyMetaClip2ForImageClassification",
     "ShapleyModelCard",
     "ShapleyModelCardData",
+    "ShapleySiglipConfig",
+    "ShapleySiglipForImageClassification",
     "ShapleyTrainer",
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",

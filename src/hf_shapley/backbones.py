@@ -11,9 +11,14 @@ from transformers import (
     BeitForImageClassification,
     BeitImageProcessorPil,
     BitImageProcessorPil,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPImageProcessorPil,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessorPil,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTImageProcessorPil,
@@ -23,8 +28,13 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     IJepaConfig,
     IJepaForImageClassification,
+    MetaClip2Config,
+    MetaClip2ForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -37,6 +47,10 @@ from .models.configuration_shapley_any import ShapleyAnyConfig, is_plain_classif
 from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_data2vec_vision import (
+    ShapleyData2VecVisionConfig,
+    ShapleyData2VecVisionForImageClassification,
+)
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2Config,
@@ -45,6 +59,14 @@ from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2WithRegistersForImageClassification,
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
+from .models.modeling_shapley_vision_towers import (
+    ShapleyCLIPConfig,
+    ShapleyCLIPForImageClassification,
+    ShapleyMetaClip2Config,
+    ShapleyMetaClip2ForImageClassification,
+    ShapleySiglipConfig,
+    ShapleySiglipForImageClassification,
+)
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
 
@@ -63,6 +85,10 @@ def _small_tokens(hidden_size: int, num_layers: int, image_size: Any, patch_size
 def _small_dinov2(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
     shape = _small_tokens(hidden_size, num_layers, image_size, patch_size)
     return {**shape, "mlp_ratio": shape.pop("intermediate_size") // hidden_size}
+
+
+def _small_tower(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
+    return {"vision_config": _small_tokens(hidden_size, num_layers, image_size, patch_size)}
 
 
 def _small_cells(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
@@ -155,6 +181,38 @@ FAMILIES: dict[str, Family] = {
         BeitForImageClassification,
         BeitImageProcessorPil,
         _small_tokens,
+    ),
+    "data2vec-vision": Family(
+        ShapleyData2VecVisionConfig,
+        ShapleyData2VecVisionForImageClassification,
+        Data2VecVisionConfig,
+        Data2VecVisionForImageClassification,
+        BeitImageProcessorPil,
+        _small_tokens,
+    ),
+    "clip": Family(
+        ShapleyCLIPConfig,
+        ShapleyCLIPForImageClassification,
+        CLIPConfig,
+        CLIPForImageClassification,
+        CLIPImageProcessorPil,
+        _small_tower,
+    ),
+    "metaclip_2": Family(
+        ShapleyMetaClip2Config,
+        ShapleyMetaClip2ForImageClassification,
+        MetaClip2Config,
+        MetaClip2ForImageClassification,
+        CLIPImageProcessorPil,
+        _small_tower,
+    ),
+    "siglip": Family(
+        ShapleySiglipConfig,
+        ShapleySiglipForImageClassification,
+        SiglipConfig,
+        SiglipForImageClassification,
+        SiglipImageProcessorPil,
+        _small_tower,
     ),
 }
 """By the model type of the plain checkpoint."""

@@ -11,6 +11,7 @@ import torch
 from conftest import HEADS
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForImageClassification,
     DeiTForImageClassificationWithTeacher,
     PreTrainedModel,
@@ -80,6 +81,41 @@ def rest_of_beit(stock, tokens, kept=slice(None)):
     return stock.classifier(stock.beit.pooler(tokens))
 
 
+def rest_of_data2vec(stock, tokens, kept):
+    """As of BEiT, whose parts have other names here."""
+    encoder = stock.data2vec_vision.encoder
+
+    def bias(of):
+        return 0 if of is None else of((3, 3))[:, :, kept][:, :, :, kept]
+
+    for layer in encoder.layer:
+        attention, normed = layer.attention.attention, layer.layernorm_before(tokens)
+        heads = [
+            part(normed).unflatten(-1, (4, 8)).transpose(1, 2)
+            for part in (attention.query, attention.key, attention.value)
+        ]
+        scores = heads[0] @ heads[1].mT / 8**0.5 + bias(getattr(encoder, "relative_position_bias", None))
+        scores = scores + bias(getattr(attention, "relative_position_bias", None))
+        attended = (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+        tokens = tokens + layer.lambda_1 * layer.attention.output.dense(attended)
+        hidden = layer.intermediate(layer.layernorm_after(tokens))
+        tokens = tokens + layer.lambda_2 * layer.output.dense(hidden)
+    tokens = stock.data2vec_vision.layernorm(tokens)
+    if stock.config.use_mean_pooling and tokens.shape[1] == 1:
+        return stock.classifier(stock.data2vec_vision.pooler.layernorm(torch.zeros(1, 32)))
+    return stock.classifier(stock.data2vec_vision.pooler(tokens))
+
+
+def rest_of_tower(stock, tokens, kept=None):
+    tower = stock.vision_model
+    if not tokens.shape[1]:
+        return stock.classifier(torch.zeros(1, 32))  # the mean of nothing
+    for layer in tower.encoder.layers:
+        tokens = layer(tokens, None)
+    cells = tower.post_layernorm(tokens) if stock.config.model_type == "siglip" else tokens[:, 1:]
+    return stock.classifier(cells.mean(1) if cells.shape[1] else torch.zeros(1, 32))
+
+
 @dataclass(frozen=True)
 class Case:
     """A stock classifier, and what of it is known from outside this package.
@@ -107,6 +143,13 @@ class Case:
         return self.plain or FAMILIES[self.family].plain_model
 
 
+READ_BY_CLS = {
+    "use_mean_pooling": False,
+    "use_absolute_position_embeddings": True,
+    "use_shared_relative_position_bias": True,
+    "use_relative_position_bias": True,
+    "drop_path_rate": 0.0,
+}
 CASES = {
     "vit": Case("vit", 1, rest_of_vit),
     "deit": Case("deit", 2, rest_of_vit),
@@ -132,19 +175,14 @@ CASES = {
         non_square=False,
     ),
     "beit": Case("beit", 1, rest_of_beit, {"use_relative_position_bias": True, "drop_path_rate": 0.0}),
-    "beit, CLS": Case(
-        "beit",
-        1,
-        rest_of_beit,
-        {
-            "use_mean_pooling": False,
-            "use_absolute_position_embeddings": True,
-            "use_shared_relative_position_bias": True,
-            "use_relative_position_bias": True,
-            "drop_path_rate": 0.0,
-        },
-        non_square=False,
+    "beit, CLS": Case("beit", 1, rest_of_beit, READ_BY_CLS, non_square=False),
+    "data2vec-vision": Case(
+        "data2vec-vision", 1, rest_of_data2vec, {"use_relative_position_bias": True, "drop_path_rate": 0.0}
     ),
+    "clip": Case("clip", 1, rest_of_tower, without_part="vision_model.post_layernorm", non_square=False),
+    "metaclip_2": Case("metaclip_2", 1, rest_of_tower, without_part="vision_model.post_layernorm", non_square=False),
+    "siglip": Case("siglip", 0, rest_of_tower, without_part="vision_model.head", non_square=False),
+    "data2vec-vision, CLS": Case("data2vec-vision", 1, rest_of_data2vec, READ_BY_CLS, non_square=False),
 }
 
 
@@ -451,6 +489,8 @@ def test_a_saved_model_comes_back_the_same(case, tmp_path):
         loaded = cls.from_pretrained(tmp_path).eval()
         assert type(loaded) is type(model)
         assert torch.equal(loaded(pixels()).attributions, model(pixels()).attributions)
+    features = AutoModel.from_pretrained(tmp_path).eval()(pixels()).last_hidden_state
+    assert torch.equal(features, model.stock(pixels()).last_hidden_state)
     sources = {path.stem: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.py")}
     named = {reference.split(".")[0] for reference in model.config.auto_map.values()}
     imported = {found for text in sources.values() for found in re.findall(r"^\s*from \.(\w+) import", text, re.M)}

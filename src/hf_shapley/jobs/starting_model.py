@@ -125,8 +125,7 @@ def _fit_classifier(args: ModelArguments, model: PreTrainedModel, info: dict[str
 
 @torch.no_grad()
 def _restart_classifier(model: PreTrainedModel) -> None:
-    for name in model.classifier_names:
-        layer = model.get_submodule(name)
-        layer.weight.normal_(std=model.config.initializer_range)
+    for layer in model.classifiers():
+        layer.weight.normal_(std=getattr(model.config, "initializer_range", 0.02))
         if layer.bias is not None:
             layer.bias.zero_()

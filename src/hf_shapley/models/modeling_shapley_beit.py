@@ -18,11 +18,8 @@ from .modeling_shapley import ShapleyImageClassifierMixin
 from .token_backbone import PreNormLayer, TokenBackbone, TokenMLP, TokenRule, mean_of_members
 
 
-class ShapleyBeitConfig(TokenConfigMixin, BeitConfig):
-    """Configuration of `ShapleyBeitForImageClassification`: `BeitConfig` plus `ShapleyConfigMixin`."""
-
-    model_type = "shapley-beit"
-    plain_model_type = "beit"
+class BiasedConfigMixin(TokenConfigMixin):
+    """`TokenConfigMixin` for backbones that may do without absolute positions."""
 
     @classmethod
     def _fewest_of_backbone(cls, sizes: Sizes) -> Fewest:
@@ -31,36 +28,87 @@ class ShapleyBeitConfig(TokenConfigMixin, BeitConfig):
         return needed, widths, layer
 
 
+class ShapleyBeitConfig(BiasedConfigMixin, BeitConfig):
+    """Configuration of `ShapleyBeitForImageClassification`: `BeitConfig` plus `ShapleyConfigMixin`."""
+
+    model_type = "shapley-beit"
+    plain_model_type = "beit"
+
+
+class BiasedLayer(PreNormLayer):
+    """A `TokenLayer` whose attention may have a bias for how far two patches lie apart."""
+
+    def own_bias(self) -> Any:
+        """The layer's own module for it, or None."""
+        return self.relative_position_bias
+
+    def whole(self, tokens: Tensor, rule: TokenRule) -> Tensor:
+        return self.finished(tokens, self._attend(self.normed(tokens), self.mask_of(rule)))
+
+    def mask_of(self, rule: TokenRule) -> Tensor | None:
+        biases = [] if rule.bias is None else [rule.bias]
+        if self.own_bias() is not None:
+            biases.insert(0, restricted(self.own_bias()(rule.grid), rule.places))
+        if rule.mask is not None:
+            biases.append(rule.mask)
+        return sum(biases[1:], biases[0]) if biases else None  # (1 or B, H, T, T)
+
+
+class BiasedInfluenceLayer(BiasedLayer):
+    """Such a layer for the influence head, over all tokens or the patches'; without what all layers share."""
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        places = torch.arange(1 + grid[0] * grid[1], device=tokens.device)
+        return self.whole(tokens, TokenRule(grid=grid, places=places[-tokens.shape[1] :]))
+
+
+class BiasedBackbone(TokenBackbone):
+    """A backbone of such layers, of which the classifier reads the normed mean of patches, or CLS."""
+
+    takes_any_size = True
+
+    def shared_bias(self) -> Any:
+        """The module for the bias that all layers share, or None."""
+        return self.stock.shared_position_bias
+
+    def enter(self, embeddings: Tensor, grid: tuple[int, int], members: Tensor | None) -> tuple[Tensor, TokenRule]:
+        state, rule = super().enter(embeddings, grid, members)
+        bias, places = None, None
+        if members is not None:  # CLS once for each coalition, then the players
+            cls = torch.zeros(members.shape[2], dtype=torch.long, device=members.device)
+            places = torch.cat([cls, torch.arange(1, 1 + members.shape[3], device=members.device)])
+        if self.shared_bias() is not None:
+            bias = restricted(self.shared_bias()(grid), places)
+        return state, (rule or TokenRule())._replace(grid=grid, places=places, bias=bias)
+
+    def rule_of_none(self) -> TokenRule:
+        # Alone, CLS reads itself, whatever the bias: any grid will do, and what layers share may be left out.
+        return TokenRule(grid=(1, 1), places=torch.zeros(1, dtype=torch.long, device=self._input_device))
+
+    def pool(self, prefix: Tensor, cells: Tensor | None, members: Tensor | None) -> Tensor:
+        return self.votes(mean_of_members(cells, members)) if self.reads_cells else prefix[:, :, 0]
+
+    def votes(self, cells: Tensor) -> Tensor:
+        return self.stock.pooler.layernorm(cells) if self.reads_cells else cells
+
+    def last_layers(self, count: int) -> tuple[Sequence[Any], nn.Module]:
+        return self.blocks()[-count:], self.stock.pooler.layernorm if self.reads_cells else self.stock.layernorm
+
+
 class ShapleyBeitMLP(TokenMLP, BeitMLP):
     """A BEiT MLP with less memory where nothing is learned."""
 
 
-class ShapleyBeitLayer(PreNormLayer, BeitLayer):
+class ShapleyBeitLayer(BiasedLayer, BeitLayer):
     """A BEiT layer that a `TokenRule` may rule."""
-
-    def whole(self, tokens: Tensor, rule: TokenRule) -> Tensor:
-        return self.finished(tokens, self._attend(self.normed(tokens), self.mask_of(rule)))
 
     def finished(self, tokens: Tensor, attended: Tensor) -> Tensor:
         tokens = self.drop_path(self.lambda_1 * self.dropout(self.attention.o_proj(attended))) + tokens
         return self.drop_path(self.lambda_2 * self.dropout(self.mlp(self.layernorm_after(tokens)))) + tokens
 
-    def mask_of(self, rule: TokenRule) -> Tensor | None:
-        mask = rule.bias
-        if self.relative_position_bias is not None:
-            own = restricted(self.relative_position_bias(rule.grid), rule.places)
-            mask = own if mask is None else own + mask
-        if mask is None or rule.mask is None:
-            return rule.mask if mask is None else mask
-        return mask + rule.mask  # (B, H, T, T)
 
-
-class InfluenceBeitLayer(ShapleyBeitLayer):
-    """A BEiT layer for the influence head, over all tokens or the patches'."""
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        places = torch.arange(1 + grid[0] * grid[1], device=tokens.device)
-        return self.whole(tokens, TokenRule(grid=grid, places=places[-tokens.shape[1] :]))
+class InfluenceBeitLayer(BiasedInfluenceLayer, ShapleyBeitLayer):
+    """A BEiT layer for the influence head."""
 
 
 class ShapleyBeitModel(BeitModel):
@@ -69,7 +117,7 @@ class ShapleyBeitModel(BeitModel):
     config_class = ShapleyBeitConfig
 
 
-class ShapleyBeitForImageClassification(ShapleyImageClassifierMixin, TokenBackbone, BeitPreTrainedModel):
+class ShapleyBeitForImageClassification(ShapleyImageClassifierMixin, BiasedBackbone, BeitPreTrainedModel):
     """BEiT image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
 
     Loads its own checkpoints and plain BEiT ones, whose predictions it keeps, and takes images of any size.
@@ -77,7 +125,6 @@ class ShapleyBeitForImageClassification(ShapleyImageClassifierMixin, TokenBackbo
 
     config_class = ShapleyBeitConfig
     features_class = ShapleyBeitModel
-    takes_any_size = True
     layer_class = ShapleyBeitLayer
     influence_class = InfluenceBeitLayer
     own_forms = {BeitMLP: ShapleyBeitMLP}
@@ -93,29 +140,6 @@ class ShapleyBeitForImageClassification(ShapleyImageClassifierMixin, TokenBackbo
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.complete()
         self.post_init()
-
-    def enter(self, embeddings: Tensor, grid: tuple[int, int], members: Tensor | None) -> tuple[Tensor, TokenRule]:
-        state, rule = super().enter(embeddings, grid, members)
-        bias, places = None, None
-        if members is not None:  # CLS once for each coalition, then the players
-            cls = torch.zeros(members.shape[2], dtype=torch.long, device=members.device)
-            places = torch.cat([cls, torch.arange(1, 1 + members.shape[3], device=members.device)])
-        if self.beit.shared_position_bias is not None:
-            bias = restricted(self.beit.shared_position_bias(grid), places)
-        return state, (rule or TokenRule())._replace(grid=grid, places=places, bias=bias)
-
-    def rule_of_none(self) -> TokenRule:
-        # Alone, CLS reads itself, whatever the bias: any grid and no bias of the stock model's will do.
-        return TokenRule(grid=(1, 1), places=torch.zeros(1, dtype=torch.long, device=self._input_device))
-
-    def pool(self, prefix: Tensor, cells: Tensor | None, members: Tensor | None) -> Tensor:
-        return self.votes(mean_of_members(cells, members)) if self.reads_cells else prefix[:, :, 0]
-
-    def votes(self, cells: Tensor) -> Tensor:
-        return self.beit.pooler.layernorm(cells) if self.reads_cells else cells
-
-    def last_layers(self, count: int) -> tuple[Sequence[Any], nn.Module]:
-        return self.blocks()[-count:], self.beit.pooler.layernorm if self.reads_cells else self.beit.layernorm
 
 
 def restricted(bias: Tensor, places: Tensor | None) -> Tensor:

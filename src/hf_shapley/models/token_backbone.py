@@ -58,6 +58,10 @@ class TokenLayer(StockLayer):
         """The rest of the layer: what entered it (..., D), and what the attention read, not yet projected (..., D)."""
         raise NotImplementedError
 
+    def projections(self) -> Any:
+        """The part of the stock attention that has `q_proj`, `k_proj`, `v_proj`, `head_dim`, `scaling` and so on."""
+        return self.attention
+
     def whole(self, tokens: Tensor, rule: TokenRule) -> Tensor:
         """The layer for all tokens, (B, T, D) -> (B, T, D)."""
         return super().forward(tokens, rule.mask)
@@ -80,7 +84,7 @@ class TokenLayer(StockLayer):
             return self.finished(hidden_states[:, :readers], self._attend(normed, self.mask_of(rule), readers))
         tokens, lone = unpacked(normed, rule.images, self.prefix)
         # A lone token has one key, its own: it reads its own value, whatever the scores.
-        alone = self.attention.v_proj(lone) if self.prefix == 1 else self._attend(lone[None])[0]
+        alone = self.projections().v_proj(lone) if self.prefix == 1 else self._attend(lone[None])[0]
         if readers is not None:
             whole, entered = unpacked(hidden_states, rule.images, self.prefix)
             hidden_states = packed(whole[:, :readers], entered)
@@ -88,7 +92,7 @@ class TokenLayer(StockLayer):
 
     def _attend(self, tokens: Tensor, mask: Any = None, readers: int | None = None) -> Tensor:
         """What the first tokens read of all: (B, T, D), a mask of T rows -> (B, Q, D), not yet projected."""
-        attention = self.attention
+        attention = self.projections()
 
         def heads_of(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -157,6 +161,10 @@ class TokenBackbone(Backbone):
     def final_norm(self) -> nn.Module:
         """The norm after the last layer."""
         return self.stock.layernorm
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """What follows the last layer."""
+        return self.final_norm()(tokens)
 
     def stock_layers(self) -> Sequence[Any]:
         """The stock model's layers."""
@@ -281,7 +289,7 @@ class TokenBackbone(Backbone):
 
     def read(self, state: Tensor, rule: TokenRule | None) -> Read:
         rule = rule or TokenRule()
-        normed, lone = self.final_norm()(state), None
+        normed, lone = self.finish(state), None
         if rule.images is not None:
             normed, lone = unpacked(normed, rule.images, self.prefix)
         prefix, cells = normed.tensor_split([rule.coalitions * self.prefix], dim=1)
@@ -309,7 +317,7 @@ class TokenBackbone(Backbone):
         state = self.embed(torch.zeros(shape, device=self._input_device))[:, : self.prefix]
         for block in self.blocks():
             state = block(state, self.rule_of_none())
-        return self._pool_of_none(self.final_norm()(state)[0])
+        return self._pool_of_none(self.finish(state)[0])
 
     def recorded(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool, **wanted: Any
