@@ -59,7 +59,7 @@ INTERNAL = {
     },
     "training/checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
     "models/coalitions": {"check_coalitions", "sum_over_coalitions", "with_complements"},
-    "models/configuration_shapley": {"ShapleyConfigMixin"},
+    "models/configuration_shapley": {"ShapleyConfigMixin", "place_of"},
     "models/configuration_shapley_any": {"is_plain_classifier"},
     "models/modeling_shapley_any": {"Heard", "MeanOfClassifiers"},
     "models/posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
