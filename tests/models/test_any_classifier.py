@@ -1,9 +1,11 @@
 """Any classifier of transformers that takes pixels: its own logits, a painted game, exact sums."""
 
+import json
 import os
 import subprocess
 import sys
 from inspect import signature
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -308,6 +310,22 @@ def test_what_needs_a_look_inside_is_refused(option, value, resnet):
         painted(resnet, **{option: value})
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"size": {"height": 32, "width": 48}}, (32, 48)),
+        ({"size": {"shortest_edge": 64}, "crop_size": {"height": 32, "width": 32}}, (32, 32)),
+        ({"size": {"shortest_edge": 64}}, (64, 64)),
+        ({"size": 64}, (64, 64)),
+        ({}, (224, 224)),
+    ],
+)
+def test_images_are_as_large_as_the_processors(sizes, expected, resnet):
+    """A convolutional network takes any size, so that its configuration says none."""
+    Path(resnet, "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Any", **sizes}))
+    assert AutoShapleyForImageClassification.from_pretrained(resnet).config.size == expected
+
+
 def test_the_paint_is_an_option(resnet):
     """Base values are the stock model's answer to an image of that colour."""
     model = painted(resnet, paint=0.5)
@@ -392,10 +410,8 @@ def test_the_command_line_trains_any_checkpoint(resnet, tmp_path):
     rows = Dataset.from_dict({"image": pictures, "label": [0, 1] * 3})
     rows = rows.cast(Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])}))
     DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "rows")
-    painted(resnet).save_pretrained(tmp_path / "ours")  # whose configuration knows the size of its images
-    ViTImageProcessorPil.from_pretrained(resnet).save_pretrained(tmp_path / "ours")
     out = tmp_path / "out"
-    arguments = ["--model", str(tmp_path / "ours"), "--dataset", str(tmp_path / "rows"), "--output_dir", str(out)]
+    arguments = ["--model", resnet, "--dataset", str(tmp_path / "rows"), "--output_dir", str(out)]
     arguments += ["--ignore_mismatched_sizes", "--do_train", "--max_steps", "2", "--per_device_train_batch_size", "2"]
     training_job.main([*arguments, "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"])
     (entry,) = pipeline("shapley-image-classification", model=str(out), device="cpu")(pictures[0], top_k=1)

@@ -1,14 +1,22 @@
 """Configuration of the Shapley classifier that holds any stock image classifier."""
 
 import copy
+import os
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+)
 
 from .checks import check_number, check_pair, describe
 from .configuration_shapley import ShapleyConfigMixin
+from .stored_checkpoint import place_of
 
 # Where neither the caller nor the stock configuration says what size images have.
 USUAL_IMAGE_SIZE = 224
@@ -21,7 +29,7 @@ class ShapleyAnyConfig(ShapleyConfigMixin, PreTrainedConfig):
     Args:
         stock_config: of the stock classifier, or its entries. Its labels are this configuration's.
         image_size: height and width of the images, pixels, or both in one. None = what the stock configuration says,
-            224 where it says nothing.
+            or the checkpoint's image processor, or 224.
         player_size: height and width of one player, pixels, or both in one. None = the cells of the last features, or
             the finest grid that is no finer and tiles the image.
         paint: what the pixels of absent players are, after normalisation; 0 is the mean of an image processor that
@@ -63,10 +71,7 @@ class ShapleyAnyConfig(ShapleyConfigMixin, PreTrainedConfig):
     @property
     def stock_size(self) -> tuple[int, int]:
         """Those that the stock configuration says."""
-        of_timm = (getattr(self.stock_config, "pretrained_cfg", None) or {}).get("input_size")  # channels come first
-        return _both(
-            of_timm[-2:] if of_timm else _entry(self.stock_config, "image_size", USUAL_IMAGE_SIZE), "image_size"
-        )
+        return _both(_said_size(self.stock_config) or USUAL_IMAGE_SIZE, "image_size")
 
     @property
     def player(self) -> tuple[int, int] | None:
@@ -103,6 +108,15 @@ class ShapleyAnyConfig(ShapleyConfigMixin, PreTrainedConfig):
     @classmethod
     def check_stored_sizes(cls, name: Any, **options: Any) -> None:
         """Nothing: what a stock configuration calls for is transformers' to judge, whoever loads it."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As for all backbones; of a stock classifier that takes any size, the size its image processor gives."""
+        entries, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        stock, size = entries.get("stock_config"), entries.get("image_size")
+        if stock and size is None and _said_size(_stock_config(stock)) is None:
+            entries = {**entries, "image_size": _processed_size(pretrained_model_name_or_path, kwargs)}
+        return entries, kwargs
 
     @classmethod
     def _of_plain(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +166,25 @@ def _entry(config: PreTrainedConfig, name: str, default: Any) -> Any:
     """An entry of a stock configuration, or of its vision part."""
     places = (config, getattr(config, "vision_config", None))
     return next((value for place in places if (value := getattr(place, name, None)) is not None), default)
+
+
+def _said_size(config: PreTrainedConfig) -> Any:
+    """Height and width of images, as a stock configuration says them; None where it does not."""
+    of_timm = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")  # channels come first
+    return of_timm[-2:] if of_timm else _entry(config, "image_size", None)
+
+
+def _processed_size(name: str | os.PathLike, options: Mapping[str, Any]) -> list[int] | None:
+    """Height and width of what a checkpoint's image processor gives; None where it has none, or gives any."""
+    try:
+        entries, _ = ImageProcessingMixin.get_image_processor_dict(name, **place_of(options))
+    except (OSError, ValueError):
+        return None
+    size = entries.get("crop_size") or entries.get("size")
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        size = [size.get("height", edge), size.get("width", edge)]
+    return list(_both(size, "size")) if isinstance(size, int) or (size and None not in size) else None
 
 
 def _both(size: Any, name: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 def stored_config(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint's own config.json says, whatever the caller puts in its place; empty if there is none."""
     try:
-        stored = PreTrainedConfig.get_config_dict(name, **_place(options))[0]
+        stored = PreTrainedConfig.get_config_dict(name, **place_of(options))[0]
     except (OSError, ValueError, TypeError, AttributeError):  # what is wrong with it, loading itself will say
         return {}
     return stored if isinstance(stored, dict) else {}
@@ -26,7 +26,7 @@ def stored_bytes(name: str | os.PathLike, options: Mapping[str, Any]) -> int | N
     whole, index = f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"
     if options.get("use_safetensors") is False:
         whole, index = f"pytorch_model{variant}.bin", f"pytorch_model.bin.index{variant}.json"
-    place = _place(options)
+    place = place_of(options)
     silent = {
         f"_raise_exceptions_for_{error}": False for error in ("gated_repo", "missing_entries", "connection_errors")
     }
@@ -37,7 +37,7 @@ def stored_bytes(name: str | os.PathLike, options: Mapping[str, Any]) -> int | N
     return None
 
 
-def _place(options: Mapping[str, Any]) -> dict[str, Any]:
+def place_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `from_pretrained` was given, that which says where the files are."""
     names = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
     return {name: options[name] for name in names if options.get(name) is not None}
