@@ -45,6 +45,7 @@ from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_convnextv2 import ShapleyConvNextV2Config, ShapleyConvNextV2ForImageClassification
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2Config,
@@ -111,11 +112,13 @@ __all__ = [
     "Game",
     "InsertionDeletion",
     "RankingCurves",
+    "ShapleyAnyConfig",
     "ShapleyBeitConfig",
     "ShapleyBeitForImageClassification",
-    "ShapleyAnyConfig",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
+    "ShapleyConvNextV2Config",
+    "ShapleyConvNextV2ForImageClassification",
     "ShapleyDeiTConfig",
     "ShapleyDeiTForImageClassification",
     "ShapleyDinov2Config",
@@ -123,9 +126,9 @@ __all__ = [
     "ShapleyDinov2WithRegistersConfig",
     "ShapleyDinov2WithRegistersForImageClassification",
     "ShapleyEstimate",
+    "ShapleyForImageClassification",
     "ShapleyIJepaConfig",
     "ShapleyIJepaForImageClassification",
-    "ShapleyForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
     "ShapleyModelCard",
