@@ -67,7 +67,7 @@ INTERNAL = {
     },
     "training/checkpoints": {"complete_checkpoint", "discard_surplus_checkpoints", "marked_incomplete"},
     "models/coalitions": {"check_coalitions", "sum_over_coalitions", "with_complements"},
-    "models/configuration_shapley": {"ShapleyConfigMixin", "TokenConfigMixin"},
+    "models/configuration_shapley": {"CellConfigMixin", "ShapleyConfigMixin", "TokenConfigMixin"},
     "models/configuration_shapley_any": {"is_plain_classifier"},
     "models/modeling_shapley_any": {"Heard"},
     "models/posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
@@ -90,10 +90,19 @@ INTERNAL = {
     "publishing/card_data": {"reading_metadata"},
     "publishing/model_card": {"is_generated", "results_of_card"},
     "models/modeling_shapley_convnext": {
+        "CellBackbone",
+        "CellLayer",
         "CellRule",
+        "InfluenceCellLayer",
         "InfluenceConvNextLayer",
         "ShapleyConvNextLayer",
         "ShapleyConvNextModel",
+    },
+    "models/modeling_shapley_convnextv2": {
+        "InfluenceConvNextV2Layer",
+        "ShapleyConvNextV2GRN",
+        "ShapleyConvNextV2Layer",
+        "ShapleyConvNextV2Model",
     },
     "models/modeling_shapley_deit": {"InfluenceDeiTLayer", "ShapleyDeiTLayer", "ShapleyDeiTMLP", "ShapleyDeiTModel"},
     "models/modeling_shapley_dinov2": {

@@ -45,6 +45,7 @@ from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_convnextv2 import ShapleyConvNextV2Config, ShapleyConvNextV2ForImageClassification
 from .models.modeling_shapley_data2vec_vision import (
     ShapleyData2VecVisionConfig,
     ShapleyData2VecVisionForImageClassification,
@@ -130,6 +131,8 @@ __all__ = [
     "ShapleyCLIPForImageClassification",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
+    "ShapleyConvNextV2Config",
+    "ShapleyConvNextV2ForImageClassification",
     "ShapleyData2VecVisionConfig",
     "ShapleyData2VecVisionForImageClassification",
     "ShapleyDeiTConfig",

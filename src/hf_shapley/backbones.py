@@ -17,6 +17,8 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessorPil,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
     Data2VecVisionConfig,
     Data2VecVisionForImageClassification,
     DeiTConfig,
@@ -47,6 +49,7 @@ from .models.configuration_shapley_any import ShapleyAnyConfig, is_plain_classif
 from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
+from .models.modeling_shapley_convnextv2 import ShapleyConvNextV2Config, ShapleyConvNextV2ForImageClassification
 from .models.modeling_shapley_data2vec_vision import (
     ShapleyData2VecVisionConfig,
     ShapleyData2VecVisionForImageClassification,
@@ -92,8 +95,11 @@ def _small_tower(hidden_size: int, num_layers: int, image_size: Any, patch_size:
 
 
 def _small_cells(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
-    shape = {"hidden_sizes": [hidden_size], "depths": [num_layers], "num_stages": 1}
-    return {**shape, "patch_size": patch_size, "layer_scale_init_value": 1.0}
+    return {"hidden_sizes": [hidden_size], "depths": [num_layers], "num_stages": 1, "patch_size": patch_size}
+
+
+def _small_scaled_cells(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
+    return {**_small_cells(hidden_size, num_layers, image_size, patch_size), "layer_scale_init_value": 1.0}
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,14 @@ FAMILIES: dict[str, Family] = {
         ShapleyConvNextForImageClassification,
         ConvNextConfig,
         ConvNextForImageClassification,
+        ConvNextImageProcessorPil,
+        _small_scaled_cells,
+    ),
+    "convnextv2": Family(
+        ShapleyConvNextV2Config,
+        ShapleyConvNextV2ForImageClassification,
+        ConvNextV2Config,
+        ConvNextV2ForImageClassification,
         ConvNextImageProcessorPil,
         _small_cells,
     ),

@@ -1,4 +1,4 @@
-"""What must hold for every backbone of tokens: plain weights, the game on dropped tokens, training and the Hub."""
+"""What must hold for every native backbone: plain weights, the game on dropped players, training and the Hub."""
 
 import re
 from collections.abc import Callable
@@ -28,7 +28,6 @@ from hf_shapley import (
     sample_coalitions,
 )
 from hf_shapley.backbones import FAMILIES
-from hf_shapley.models.token_backbone import TokenBackbone
 
 PLAYERS = 9  # 3 x 3 patches of 4 x 4 pixels
 
@@ -116,14 +115,39 @@ def rest_of_tower(stock, tokens, kept=None):
     return stock.classifier(cells.mean(1) if cells.shape[1] else torch.zeros(1, 32))
 
 
+def enlarged(present, size):
+    """Which cells of a feature map are there: bool (9) -> (H, W), of the players' grid 3 x 3."""
+    rows, columns = (torch.arange(length) * 3 // length for length in size)
+    return present.view(3, 3)[rows][:, columns]
+
+
+def cells_alone(stock, pixel_values, present):
+    """Absent cells are 0 before every convolution of space, and no part of a norm over space or of the mean."""
+    features = stock.base_model.embeddings(pixel_values)
+    for stage in stock.base_model.encoder.stages:
+        for layer in stage.downsampling_layer:
+            features = layer(features)
+        there = enlarged(present, features.shape[-2:])
+        for layer in stage.layers:
+            cells = layer.dwconv(features * there).permute(0, 2, 3, 1)[:, there]  # (1, members, C)
+            cells = layer.act(layer.pwconv1(layer.layernorm(cells)))
+            cells = layer.grn(cells[:, None])[:, 0] if hasattr(layer, "grn") else cells
+            added = torch.zeros_like(features)
+            added[:, :, there] = (getattr(layer, "layer_scale_parameter", 1) * layer.pwconv2(cells)).transpose(1, 2)
+            features = features + added
+    mean = features[:, :, there].sum(-1) / there.sum().clamp(min=1)
+    return stock.classifier(stock.base_model.layernorm(mean))
+
+
 @dataclass(frozen=True)
 class Case:
     """A stock classifier, and what of it is known from outside this package.
 
     Args:
         family: key of the table of backbones.
-        prefix: number of its prefix tokens.
-        rest: the stock model, the tokens that enter its first layer, and which of the image's they are -> logits.
+        prefix: of tokens, the number of its prefix tokens.
+        rest: of tokens, the stock model, those that enter its first layer, which of the image's they are -> logits.
+        alone: otherwise the stock model, pixels (1, 3, 12, 12) and which players are present (9) -> logits.
         options: of its configuration.
         plain: its class, where it is not the table's.
         without_part: pattern of weights that classification does not read.
@@ -131,12 +155,14 @@ class Case:
     """
 
     family: str
-    prefix: int
-    rest: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+    prefix: int = 0
+    rest: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    alone: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     plain: type[PreTrainedModel] | None = None
     without_part: str = r"$^"
     non_square: bool = True
+    attentions: tuple[str, ...] = ("sdpa", "eager")
 
     @property
     def plain_model(self) -> type[PreTrainedModel]:
@@ -150,11 +176,17 @@ READ_BY_CLS = {
     "use_relative_position_bias": True,
     "drop_path_rate": 0.0,
 }
+# Two stages, so that a player of 4 x 4 pixels has 2 x 2 cells in the first.
+CELLS = {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2, "patch_size": 2}
 CASES = {
     "vit": Case("vit", 1, rest_of_vit),
     "deit": Case("deit", 2, rest_of_vit),
     "deit, distilled": Case(
-        "deit", 2, rest_of_distilled_deit, {"distilled": True}, DeiTForImageClassificationWithTeacher
+        "deit",
+        2,
+        rest_of_distilled_deit,
+        options={"distilled": True},
+        plain=DeiTForImageClassificationWithTeacher,
     ),
     "vit_msn": Case("vit_msn", 1, rest_of_vit),
     "ijepa": Case("ijepa", 0, rest_of_ijepa),
@@ -163,26 +195,28 @@ CASES = {
         "dinov2",
         1,
         rest_of_dinov2,
-        {"use_swiglu_ffn": True, "use_mask_token": False},
+        options={"use_swiglu_ffn": True, "use_mask_token": False},
         non_square=False,
     ),
     "dinov2_with_registers": Case(
         "dinov2_with_registers",
         4,
         rest_of_dinov2,
-        {"num_register_tokens": 3},
+        options={"num_register_tokens": 3},
         without_part="mask_token",
         non_square=False,
     ),
-    "beit": Case("beit", 1, rest_of_beit, {"use_relative_position_bias": True, "drop_path_rate": 0.0}),
-    "beit, CLS": Case("beit", 1, rest_of_beit, READ_BY_CLS, non_square=False),
+    "beit": Case("beit", 1, rest_of_beit, options={"use_relative_position_bias": True, "drop_path_rate": 0.0}),
+    "beit, CLS": Case("beit", 1, rest_of_beit, options=READ_BY_CLS, non_square=False),
     "data2vec-vision": Case(
-        "data2vec-vision", 1, rest_of_data2vec, {"use_relative_position_bias": True, "drop_path_rate": 0.0}
+        "data2vec-vision", 1, rest_of_data2vec, options={"use_relative_position_bias": True, "drop_path_rate": 0.0}
     ),
     "clip": Case("clip", 1, rest_of_tower, without_part="vision_model.post_layernorm", non_square=False),
     "metaclip_2": Case("metaclip_2", 1, rest_of_tower, without_part="vision_model.post_layernorm", non_square=False),
     "siglip": Case("siglip", 0, rest_of_tower, without_part="vision_model.head", non_square=False),
-    "data2vec-vision, CLS": Case("data2vec-vision", 1, rest_of_data2vec, READ_BY_CLS, non_square=False),
+    "data2vec-vision, CLS": Case("data2vec-vision", 1, rest_of_data2vec, options=READ_BY_CLS, non_square=False),
+    "convnext": Case("convnext", alone=cells_alone, options=CELLS, attentions=("eager",)),
+    "convnextv2": Case("convnextv2", alone=cells_alone, options=CELLS, attentions=("eager",)),
 }
 
 
@@ -240,9 +274,8 @@ def case(name) -> Case:
     return CASES[name]
 
 
-def test_every_family_of_tokens_has_a_case():
-    families = {key for key, family in FAMILIES.items() if issubclass(family.model, TokenBackbone)}
-    assert families == {case.family for case in CASES.values()}
+def test_every_family_has_a_case():
+    assert set(FAMILIES) == {case.family for case in CASES.values()}
 
 
 # Plain checkpoints
@@ -301,11 +334,11 @@ def test_one_id_leaves_every_token_alone(name, case):
     """With one id everywhere, each player's token after the last layer is the stock model's, bit for bit."""
     ours, stock = pair(name, "votes")
     embeddings, states = ours.embed(pixels()), stock(pixels(), output_hidden_states=True).hidden_states
-    assert torch.equal(embeddings, states[0])
+    assert torch.equal(ours.tokens(embeddings, None), ours.tokens(states[0], None))
     state, rule = ours.enter(embeddings, (3, 3), torch.ones(2, 1, 1, PLAYERS, dtype=torch.bool))
     for block in ours.blocks():
         state = block(state, rule)
-    assert torch.equal(state, states[-1])
+    assert torch.equal(ours.tokens(state, rule), ours.tokens(states[-1], None))
 
 
 @torch.no_grad()
@@ -327,6 +360,8 @@ def test_a_structure_equals_each_coalition_alone(name, head):
 @pytest.mark.parametrize("head", ["votes", "recommended"])
 def test_hidden_pixels_leak_exactly_nothing(case, head, attention, dtype):
     """Changing the pixels of absent players leaves the value of those that are present alone, to the bit."""
+    if attention not in case.attentions:
+        return
     ours = make_ours(case, head).to(dtype)
     ours.set_attn_implementation(attention)
     present = draw(1)[0, 0]
@@ -339,12 +374,14 @@ def test_hidden_pixels_leak_exactly_nothing(case, head, attention, dtype):
 
 
 @torch.no_grad()
-def test_exact_values_are_those_of_dropped_tokens(name, case):
+def test_exact_values_are_those_of_dropped_players(name, case):
     """Shapley values of all 2^9 coalitions, each run by the stock layers on the tokens of its members alone."""
     ours, stock = pair(name)
     tokens = ours.embed(pixels(1))
 
     def stock_game(coalitions):
+        if case.alone is not None:
+            return torch.cat([case.alone(stock, pixels(1), each) for each in coalitions]).double()
         prefix = torch.ones(len(coalitions), case.prefix, dtype=torch.bool)
         kept = torch.cat([prefix, coalitions], dim=1)
         return torch.cat([case.rest(stock, tokens[:, each], each) for each in kept]).double()
@@ -388,14 +425,15 @@ def test_attributions_sum_to_logits_less_base_values(name):
 def test_other_sizes_are_the_stock_models(name):
     """Images of 12 x 20 pixels, 15 players, where positions are interpolated as the stock model does."""
     ours, stock = pair(name)
-    images, options = pixels(2, 12, 20), {} if ours.takes_any_size else {"interpolate_pos_encoding": True}
+    takes_any_size = getattr(ours, "takes_any_size", True)
+    images, options = pixels(2, 12, 20), {} if takes_any_size else {"interpolate_pos_encoding": True}
     output = ours(images, interpolate_pos_encoding=True)
     torch.testing.assert_close(output.logits, stock(images, **options).logits, atol=2e-6, rtol=1e-5)
     assert ours.explain(images, interpolate_pos_encoding=True).shape == (2, 5, 3, 5)
     everyone = torch.ones(2, 1, 15, dtype=torch.bool)
     value = ours.coalition_values(images, everyone, interpolate_pos_encoding=True)[:, 0]
     torch.testing.assert_close(value, output.logits, atol=1e-5, rtol=1e-5)
-    if not ours.takes_any_size:
+    if not takes_any_size:
         with pytest.raises(ValueError, match="interpolate_pos_encoding=True"):
             ours(images)
 
@@ -441,6 +479,14 @@ def test_gradient_checkpointing_leaves_gradients_alone(case):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_empty_coalitions_leave_gradients_finite(case):
+    """A structure may have a coalition of no player at all, over which norms and means are 0."""
+    model = make_ours(case)
+    ids = torch.zeros(2, 1, PLAYERS, dtype=torch.long)
+    found = gradients(model, lambda m: m(pixels(), coalition_ids=ids, num_coalitions=2).coalition_votes.sum())
+    assert found and all(gradient.isfinite().all() for gradient in found.values())
 
 
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")

@@ -45,7 +45,7 @@ else:
 
 @dataclass(repr=False)
 class ShapleyConfigMixin(Config):
-    """Options shared by both backbones.
+    """Options shared by all backbones.
 
     Args:
         vote_readout: "pooled" (the classifier reads what the stock model reads, such as ViT's CLS or ConvNeXt's mean
@@ -350,18 +350,9 @@ class TokenConfigMixin(ShapleyConfigMixin):
         return needed, [(layers, hidden)], layer
 
 
-class ShapleyViTConfig(TokenConfigMixin, ViTConfig):
-    """Configuration of `ShapleyViTForImageClassification`: `ViTConfig` plus `ShapleyConfigMixin`."""
+class CellConfigMixin(ShapleyConfigMixin):
+    """`ShapleyConfigMixin` for backbones of ConvNeXt's shape."""
 
-    model_type = "shapley-vit"
-    plain_model_type = "vit"
-
-
-class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
-    """Configuration of `ShapleyConvNextForImageClassification`: `ConvNextConfig` plus `ShapleyConfigMixin`."""
-
-    model_type = "shapley-convnext"
-    plain_model_type = "convnext"
     recommended_head = {"influence_own_layers": 0, "influence_layers": 5, "influence_block": "convolution"}
 
     def _last_layers(self) -> int:
@@ -376,6 +367,20 @@ class ShapleyConvNextConfig(ShapleyConfigMixin, ConvNextConfig):
             "patch_size": sizes("num_channels")[0] * patch[0] * patch[-1] * hidden[0],
         }
         return needed, widths, 8 * widths[-1][1] ** 2
+
+
+class ShapleyViTConfig(TokenConfigMixin, ViTConfig):
+    """Configuration of `ShapleyViTForImageClassification`: `ViTConfig` plus `ShapleyConfigMixin`."""
+
+    model_type = "shapley-vit"
+    plain_model_type = "vit"
+
+
+class ShapleyConvNextConfig(CellConfigMixin, ConvNextConfig):
+    """Configuration of `ShapleyConvNextForImageClassification`: `ConvNextConfig` plus `ShapleyConfigMixin`."""
+
+    model_type = "shapley-convnext"
+    plain_model_type = "convnext"
 
 
 ShapleyViTConfig.register_for_auto_class()

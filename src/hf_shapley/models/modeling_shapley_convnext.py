@@ -4,8 +4,8 @@ The players are the cells of the last stage's grid. Stem and downsampling do not
 work per position, so the depthwise convolution is the only operation that mixes players.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,20 @@ class CellRule(NamedTuple):
     ]  # for adapters, likewise: the share of players that a cell's coalition lacks (B, H, W, 1)
 
 
-class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
-    """A ConvNeXt layer that can keep coalitions apart, and be run again in the backward pass to save memory."""
+class CellLayer(GradientCheckpointingLayer):
+    """A stock layer that can keep coalitions apart, and be run again in the backward pass to save memory.
+
+    A subclass says how the stock layer ends, `narrowed`.
+    """
+
+    def narrowed(self, hidden: Tensor, masks: Tensor | None) -> Tensor:
+        """What the layer adds, from its widened cells: (B, H, W, 4 C) -> (B, H, W, C).
+
+        Args:
+            hidden: after the activation.
+            masks: (B, G, H, W, 1), 1 = member; None = the stock layer.
+        """
+        raise NotImplementedError
 
     def forward(self, features: Tensor, rule: CellRule | None = None) -> Tensor:
         """The stock layer; under a rule its depthwise convolution becomes sum_c mask_c * dwconv(mask_c * features).
@@ -40,16 +52,15 @@ class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
             features: (B, C, H, W).
             rule: disjoint coalitions that cover all players.
         """
-        if rule is None:
+        masks = None if rule is None else rule.masks[features.shape[-1]]
+        if masks is None:
             mixed = self.dwconv(features).permute(0, 2, 3, 1)  # (B, H, W, C)
         else:
             # Channels last, as in the stock layer: there the convolution's weight gradient is up to 3 times cheaper.
             features = features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-            mixed = self._mix_apart(features, rule.masks[features.shape[-1]])
-        hidden = self.pwconv2(activated(self.act, self.pwconv1(self.layernorm(mixed)), self.pwconv1))
-        if self.layer_scale_parameter is not None:
-            hidden = self.layer_scale_parameter * hidden
-        return features + self.drop_path(hidden.permute(0, 3, 1, 2))
+            mixed = self._mix_apart(features, masks)
+        hidden = activated(self.act, self.pwconv1(self.layernorm(mixed)), self.pwconv1)
+        return features + self.drop_path(self.narrowed(hidden, masks).permute(0, 3, 1, 2))
 
     def _mix_apart(self, features: Tensor, masks: Tensor) -> Tensor:
         """The depthwise convolution with coalitions kept apart: (B, C, H, W), (B, G, H, W, 1) -> (B, H, W, C)."""
@@ -58,53 +69,47 @@ class ShapleyConvNextLayer(GradientCheckpointingLayer, ConvNextLayer):
         return together(hidden.permute(0, 2, 3, 1).unflatten(0, masks.shape[:2]), masks)
 
 
-class InfluenceConvNextLayer(ShapleyConvNextLayer):
-    """A ConvNeXt layer over the patch tokens, for the influence head."""
+class InfluenceCellLayer(CellLayer):
+    """The same over the patch tokens, for the influence head."""
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]  # tokens, not features
         features = tokens.transpose(1, 2).unflatten(-1, grid)  # (B, D, h, w)
         return super().forward(features).flatten(2).transpose(1, 2)
 
 
-class ShapleyConvNextModel(ConvNextModel):
-    """The backbone of such a classifier, as `AutoModel` loads it: the stock ConvNeXt, for its features."""
+class CellBackbone(Backbone):
+    """The methods of a backbone for stock models of ConvNeXt's shape: a stem, and stages of layers of cells.
 
-    config_class = ShapleyConvNextConfig
-
-
-class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, Backbone, ConvNextPreTrainedModel):
-    """ConvNeXt image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
-
-    Loads its own checkpoints and plain ConvNeXt ones, whose predictions it keeps. With `vote_readout="patches"` the
-    final layer norm is applied to each cell instead of to their mean.
+    A subclass names this package's forms of the stock layer, `layer_class`, and of the same for the influence head,
+    `influence_class`. Its constructor makes the stock model and the classifier, then calls `complete`.
     """
 
-    config_class = ShapleyConvNextConfig
-    features_class = ShapleyConvNextModel
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["ShapleyConvNextLayer"]
+    layer_class: ClassVar[type]
+    influence_class: ClassVar[type]
+    own_forms: ClassVar[Mapping[type, type]] = {}  # of parts of a layer: the stock class -> ours
 
-    def __init__(self, config: ShapleyConvNextConfig):
-        config = self.config_class.of(config)
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.convnext = ConvNextModel(config)
-        for stage in self.convnext.encoder.stages:
+    @property
+    def stock(self) -> Any:
+        """The stock backbone."""
+        return getattr(self, self.base_model_prefix)
+
+    def complete(self) -> None:
+        """Make the stock layers ours, the same weights under the same names, and add what a stock model lacks."""
+        config, width = self.config, self.config.hidden_sizes[-1]
+        for stage in self.stock.encoder.stages:
             for layer in stage.layers:
-                layer.__class__ = ShapleyConvNextLayer  # the same weights, under the same names
+                layer.__class__ = self.layer_class
                 layer.dwconv.__class__ = DepthwiseConv2d
-        hidden_size = config.hidden_sizes[-1]
-        self.classifier = nn.Linear(hidden_size, config.num_labels)
-        self.attribution_head = AttributionHead(
-            config, hidden_size, lambda: InfluenceConvNextLayer(config, dim=hidden_size)
-        )
+        self.attribution_head = AttributionHead(config, width, lambda: self.influence_class(config, dim=width))
         self.coalition_adapters = coalition_adapters(config, self.adapter_widths())
-        self.post_init()
+        for module in self.modules():
+            if type(module) in self.own_forms:
+                module.__class__ = self.own_forms[type(module)]
 
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
         """Grid (h, w) of players for images of height x width pixels; raises if they do not fit."""
-        step = self.convnext.embeddings.patch_embeddings.stride
-        for stage in self.convnext.encoder.stages:
+        step = self.stock.embeddings.patch_embeddings.stride
+        for stage in self.stock.encoder.stages:
             if stage.downsampling_layer:
                 stride = stage.downsampling_layer[1].stride
                 step = step[0] * stride[0], step[1] * stride[1]
@@ -114,7 +119,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, Backbon
 
     def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Stem features: (B, 3, H, W) -> (B, C, H', W')."""
-        return self.convnext.embeddings(pixel_values.to(self.convnext.embeddings.patch_embeddings.weight.dtype))
+        return self.stock.embeddings(pixel_values.to(self.stock.embeddings.patch_embeddings.weight.dtype))
 
     def blocks(self) -> Sequence[Callable[[Tensor, CellRule | None], Tensor]]:
         return [block for block, _ in self._blocks_and_adapters()]
@@ -123,7 +128,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, Backbon
         """Each block, and which adapter follows it: downsampling, which mixes no players, has none."""
         found: list[tuple[Callable, int | None]] = []
         adapters = 0
-        for stage in self.convnext.encoder.stages:
+        for stage in self.stock.encoder.stages:
             found += [(_ruleless(layer), None) for layer in stage.downsampling_layer]
             found += [(layer, adapters + place) for place, layer in enumerate(stage.layers)]
             adapters += len(stage.layers)
@@ -163,7 +168,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, Backbon
         return state.flatten(2).transpose(1, 2)
 
     def read(self, state: Tensor, rule: CellRule | None) -> Read:
-        head, norm = self.attribution_head, self.convnext.layernorm
+        head, norm = self.attribution_head, self.stock.layernorm
         tokens = self.tokens(state, rule)
         if not head.pooled:
             cells = norm(tokens)
@@ -177,13 +182,13 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, Backbon
 
     def empty_token(self) -> Tensor:
         """The final layer norm of a mean over no cell, which is 0: (D)."""
-        weight = self.convnext.layernorm.weight
-        return self.convnext.layernorm(torch.zeros(weight.shape, dtype=weight.dtype, device=self._input_device))
+        weight = self.stock.layernorm.weight
+        return self.stock.layernorm(torch.zeros(weight.shape, dtype=weight.dtype, device=self._input_device))
 
     def recorded(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool, **wanted: Any
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        outputs = self.convnext(pixel_values.to(self.convnext.embeddings.patch_embeddings.weight.dtype), **wanted)
+        outputs = self.stock(pixel_values.to(self.stock.embeddings.patch_embeddings.weight.dtype), **wanted)
         branch = outputs.last_hidden_state
         if own := self.attribution_head.own_layers:  # the stock backbone records stages, not layers
             branch = self.embed(pixel_values)
@@ -192,7 +197,7 @@ class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, Backbon
         return branch, outputs.last_hidden_state, {"hidden_states": outputs.hidden_states}
 
     def last_layers(self, count: int) -> tuple[Sequence[nn.Module], nn.Module]:
-        return self.convnext.encoder.stages[-1].layers[-count:], self.convnext.layernorm
+        return self.stock.encoder.stages[-1].layers[-count:], self.stock.layernorm
 
 
 def _ruleless(layer: nn.Module) -> Callable[[Tensor, CellRule | None], Tensor]:
@@ -203,6 +208,48 @@ def _ruleless(layer: nn.Module) -> Callable[[Tensor, CellRule | None], Tensor]:
 def _enlarged(maps: Tensor, scale: int) -> Tensor:
     """(..., h, w) -> (..., scale h, scale w), each entry repeated."""
     return maps.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
+class ShapleyConvNextLayer(CellLayer, ConvNextLayer):
+    """A ConvNeXt layer that can keep coalitions apart."""
+
+    def narrowed(self, hidden: Tensor, masks: Tensor | None) -> Tensor:
+        hidden = self.pwconv2(hidden)
+        return hidden if self.layer_scale_parameter is None else self.layer_scale_parameter * hidden
+
+
+class InfluenceConvNextLayer(InfluenceCellLayer, ShapleyConvNextLayer):
+    """A ConvNeXt layer for the influence head."""
+
+
+class ShapleyConvNextModel(ConvNextModel):
+    """The backbone of such a classifier, as `AutoModel` loads it: the stock ConvNeXt, for its features."""
+
+    config_class = ShapleyConvNextConfig
+
+
+class ShapleyConvNextForImageClassification(ShapleyImageClassifierMixin, CellBackbone, ConvNextPreTrainedModel):
+    """ConvNeXt image classifier that gives logits and every patch's Shapley value for every label in one forward pass.
+
+    Loads its own checkpoints and plain ConvNeXt ones, whose predictions it keeps. With `vote_readout="patches"` the
+    final layer norm is applied to each cell instead of to their mean.
+    """
+
+    config_class = ShapleyConvNextConfig
+    features_class = ShapleyConvNextModel
+    layer_class = ShapleyConvNextLayer
+    influence_class = InfluenceConvNextLayer
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ShapleyConvNextLayer"]
+
+    def __init__(self, config: ShapleyConvNextConfig):
+        config = self.config_class.of(config)
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.convnext = ConvNextModel(config)
+        self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
+        self.complete()
+        self.post_init()
 
 
 ShapleyConvNextForImageClassification.register_for_auto_class("AutoModelForImageClassification")
