@@ -94,6 +94,8 @@ TRACED = {
     "test_compiled_without_graph_breaks_it_trains_and_explains_the_same",
     "test_explain_compiles_without_graph_breaks",
     "test_inductor_gives_the_same_step",
+    "test_it_compiles_without_graph_breaks",
+    "test_it_exports_for_any_batch_size",
 }
 
 
