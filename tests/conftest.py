@@ -90,6 +90,8 @@ TRACED = {
     "test_a_program_takes_any_batch_size",
     "test_explain_compiles_without_graph_breaks",
     "test_inductor_gives_the_same_step",
+    "test_it_compiles_without_graph_breaks",
+    "test_it_exports_for_any_batch_size",
 }
 
 

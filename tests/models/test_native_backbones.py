@@ -25,6 +25,7 @@ from hf_shapley import (
     ShapleyTrainingArguments,
     coalitions_to_ids,
     exact_shapley,
+    export_program,
     sample_coalitions,
 )
 from hf_shapley.backbones import FAMILIES
@@ -242,7 +243,7 @@ def make_stock(case: Case):
 def make_ours(case: Case, head: str = "recommended", **options):
     torch.manual_seed(0)
     family = FAMILIES[case.family]
-    return altered(family.model(family.config(**sizes_of(case, **options), **HEADS[head])))
+    return altered(family.model(family.config(**HEADS[head], **sizes_of(case, **options))))
 
 
 @cache
@@ -355,20 +356,22 @@ def test_a_structure_equals_each_coalition_alone(name, head):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("head", ["votes", "recommended"])
-def test_hidden_pixels_leak_exactly_nothing(case, head, attention, dtype):
+def test_hidden_pixels_leak_exactly_nothing(case, head, attention, precision):
     """Changing the pixels of absent players leaves the value of those that are present alone, to the bit."""
     if attention not in case.attentions:
         return
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     ours = make_ours(case, head).to(dtype)
     ours.set_attn_implementation(attention)
     present = draw(1)[0, 0]
     shown = present.view(3, 3).repeat_interleave(4, 0).repeat_interleave(4, 1)
     before = pixels(1).to(dtype)
     after = torch.where(shown, before, torch.tensor(7.0, dtype=dtype))
-    values = [ours.coalition_values(x, torch.stack([present, ~present])[None]) for x in (before, after)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        values = [ours.coalition_values(x, torch.stack([present, ~present])[None]) for x in (before, after)]
     assert torch.equal(values[0][:, 0], values[1][:, 0])
     assert not torch.equal(values[0][:, 1], values[1][:, 1])
 
@@ -523,7 +526,26 @@ def test_a_training_step_reaches_every_parameter(case, tmp_path):
     assert {name for name in seen.without if not re.search(case.without_part, name)} == set()
 
 
-# Saving
+def test_stock_layers_may_follow_in_the_head(case):
+    """As blocks of the influence head, over the patches alone; all of their weights learn."""
+    blocks = {"influence_own_layers": 0, "influence_layers": 1, "influence_block": "backbone"}
+    model = make_ours(case, **blocks)
+    found = gradients(model, lambda model: model(pixels()).attributions.square().sum())
+    names = {name for name, _ in model.named_parameters() if name.startswith("attribution_head.influence_blocks.")}
+    assert names and names <= found.keys()
+
+
+# Saving and exporting
+
+
+@torch.no_grad()
+def test_it_exports_for_any_batch_size(case):
+    model = make_ours(case)
+    program = export_program(model).module()
+    for batch in (1, 3):
+        logits, maps = program(pixels(batch))
+        torch.testing.assert_close(logits, model(pixels(batch)).logits, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(maps, model.explain(pixels(batch)), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

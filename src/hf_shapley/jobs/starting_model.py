@@ -54,7 +54,7 @@ class ModelArguments:
     freeze_adapters: bool = field(
         default=False, metadata={"help": "Train the influence head alone: predictions for masked images stay too."}
     )
-    backbone: str = field(default="convnext", metadata={"help": "From scratch: 'vit' or 'convnext'."})
+    backbone: str = field(default="convnext", metadata={"help": f"From scratch: {', '.join(FAMILIES)}."})
     image_size: int = field(
         default=8, metadata={"help": "From scratch: height and width that the model sees, pixels."}
     )
