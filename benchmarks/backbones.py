@@ -2,9 +2,8 @@
 
     python benchmarks/backbones.py
 
-Operations are counted by torch's flop counter on the meta device, where nothing is computed: matrix products,
-convolutions and attention, of a batch of eight images and the recommended head. They say nothing of memory traffic or
-of launching kernels; `explain_latency.py` and `training_cost.py` time some of these models. The page
+Operations are counted by torch's flop counter: matrix products, convolutions and attention, of a batch of four images
+and the recommended head, at random weights. They say nothing of memory traffic or of launching kernels; `explain_latency.py` and `training_cost.py` time some of these models. The page
 `docs/backbones.md` is written from the result file, `--page` alone writes it again.
 """
 
@@ -22,15 +21,18 @@ from hf_shapley.backbones import FAMILIES, Family
 
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 RESULT = RESULTS / "backbones.json"
-IMAGES = 8
+IMAGES = 4
 HEADER = """# Which backbones?
 
 <!-- Written by `python benchmarks/backbones.py --page`. -->
 
-`AutoShapleyForImageClassification.from_pretrained(checkpoint)` takes any image classifier of transformers. Those in the
-table have Shapley models of their own. In their game absent patches are **dropped**: they are no token, and have no part
-in any attention, convolution or pooling. Any other classifier is held as it is, and absent patches are **painted** with
-the mean colour: `ShapleyForImageClassification`.
+`AutoShapleyForImageClassification.from_pretrained(checkpoint)` takes any image classifier of transformers.
+
+Those in the table have Shapley models of their own. In their game absent patches are **dropped**: they are no token, and
+have no part in any attention, convolution or pooling.
+
+Any other classifier is held as it is by `ShapleyForImageClassification`. There absent patches are **painted** with the mean
+colour, and each value of the game is a forward of the stock model.
 
 The figures are of each architecture's stock configuration, with the recommended head. Operations are counted: those of an
 explained forward in plain forwards, those of a training step in plain steps.
@@ -41,28 +43,27 @@ explained forward in plain forwards, those of a training step in plain steps.
 
 
 def counted(run) -> int:
-    """Operations of a call on the meta device, its backward pass included."""
+    """Operations of a call, its backward pass included."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def pixels_of(model: nn.Module) -> Tensor:
-    """Eight images at the size that the configuration says, 224 where it says none."""
+    """Images at the size that the configuration says, 224 where it says none."""
     config = getattr(model.config, "vision_config", model.config)
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.zeros(IMAGES, config.num_channels, height, width, device="meta")
+    return torch.zeros(IMAGES, config.num_channels, height, width)
 
 
 def measure(family: Family) -> dict:
     """Players and ratios of one family."""
-    with torch.device("meta"):
-        plain, ours = family.plain_model(family.plain_config()), family.model(family.config())
+    plain, ours = family.plain_model(family.plain_config()), family.model(family.config())
     pixels = pixels_of(ours)
-    labels = torch.zeros(IMAGES, dtype=torch.long, device="meta")
+    labels = torch.zeros(IMAGES, dtype=torch.long)
     grid = ours.grid_size(*pixels.shape[-2:])
-    ids = torch.zeros(IMAGES, 1, grid[0] * grid[1], dtype=torch.long, device="meta")
+    ids = torch.zeros(IMAGES, 1, grid[0] * grid[1], dtype=torch.long)
     learning = round(ShapleyTrainingArguments.value_gradient_fraction * IMAGES)
 
     def plain_step():

@@ -1,5 +1,6 @@
 """Pages quote result files: each row of a table, made again from the files, must stand there."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from test_recipe_runs import recipe_runs
 
 from hf_shapley import ShapleyTrainingArguments, ShapleyViTConfig
+from hf_shapley.backbones import FAMILIES
 from hf_shapley.training.joint_loss import SIZES, JointLossTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -670,3 +672,12 @@ def test_the_defaults_are_the_own_game_runs():
     assert config.pop("attribution_head") == "votes+influence"
     assert bool(config.pop("influence_gradient")) == ShapleyViTConfig().attribution_gradient
     assert config == {name: getattr(ShapleyViTConfig(), name) for name in config}
+
+
+def test_the_page_of_backbones_is_its_result_files():
+    """It is what the benchmark would write, and has every backbone of the table."""
+    spec = importlib.util.spec_from_file_location("backbones_benchmark", ROOT / "benchmarks" / "backbones.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    models = found_in("backbones")["models"]
+    assert text_of("docs/backbones.md") == benchmark.page(models) and list(models) == list(FAMILIES)
