@@ -292,6 +292,7 @@ def test_cells_that_do_not_tile_make_way(resnet):
 
 
 def test_images_of_another_size_are_refused(resnet):
+    """Base values are those of one size, so that a model has one; the error says how to choose another."""
     with pytest.raises(ValueError, match=r"must be of \(32, 48\) pixels .* got \(64, 64\): .*`image_size`"):
         painted(resnet)(draw_images((64, 64)))
 
@@ -306,6 +307,7 @@ def test_images_of_another_size_are_refused(resnet):
     ],
 )
 def test_what_needs_a_look_inside_is_refused(option, value, resnet):
+    """Layers of a stock model can be neither copied nor followed by adapters, nor read patch by patch."""
     with pytest.raises(ValueError, match=f"`{option}` must be"):
         painted(resnet, **{option: value})
 
@@ -335,8 +337,8 @@ def test_the_paint_is_an_option(resnet):
     torch.testing.assert_close(model(draw_images((32, 48))).base_values, expected)
 
 
-def test_values_are_shapleys_axioms_exactly(resnet):
-    """Of the game itself: what no player, all players and one structure of three coalitions are worth."""
+def test_structures_play_the_game_of_coalitions(resnet):
+    """What no player, all players, and three coalitions of one structure are worth, whichever way it is asked."""
     model, images = painted(resnet, player_size=16), draw_images((32, 48))
     every = torch.stack([torch.zeros(6), torch.ones(6)]).bool().expand(2, 2, 6)
     values = model.coalition_values(images, every)
@@ -386,6 +388,7 @@ def test_threads_do_not_hear_each_other(resnet):
 
 
 def test_half_precision_leaks_nothing(resnet):
+    """Changed pixels of absent players change no bit in bfloat16 either, and sums stay exact."""
     model, images = painted(resnet, dtype=torch.bfloat16), draw_images((32, 48))
     coalitions = draw_coalitions(model)
     shown = coalitions.view(2, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -398,6 +401,7 @@ def test_half_precision_leaks_nothing(resnet):
 
 
 def test_a_program_takes_any_batch_size(resnet):
+    """An exported program holds the stock model, what is listened to in it, and the painted image."""
     model, images = painted(resnet), draw_images((32, 48), 5)
     logits, maps = export_program(model).module()(images)
     torch.testing.assert_close(logits, model(images).logits)
