@@ -3,8 +3,9 @@
     python benchmarks/backbones.py
 
 Operations are counted by torch's flop counter: matrix products, convolutions and attention, of a batch of four images
-and the recommended head, at random weights. They say nothing of memory traffic or of launching kernels; `explain_latency.py` and `training_cost.py` time some of these models. The page
-`docs/backbones.md` is written from the result file, `--page` alone writes it again.
+and the recommended head, at random weights. They say nothing of memory traffic or of launching kernels:
+`explain_latency.py` and `training_cost.py` time some of these models. The page `docs/backbones.md` is written from the
+result file, `--page` alone writes it again.
 """
 
 import argparse
@@ -28,14 +29,14 @@ HEADER = """# Which backbones?
 
 `AutoShapleyForImageClassification.from_pretrained(checkpoint)` takes any image classifier of transformers.
 
-Those in the table have Shapley models of their own. In their game absent patches are **dropped**: they are no token, and
-have no part in any attention, convolution or pooling.
+Those in the table have Shapley models of their own. In their game absent patches are **dropped**: they are no token,
+and have no part in any attention, convolution or pooling.
 
-Any other classifier is held as it is by `ShapleyForImageClassification`. There absent patches are **painted** with the mean
-colour, and each value of the game is a forward of the stock model.
+Any other classifier is held as it is by `ShapleyForImageClassification`. There absent patches are **painted** with the
+mean colour, and each value of the game is a forward of the stock model.
 
-The figures are of each architecture's stock configuration, with the recommended head. Operations are counted: those of an
-explained forward in plain forwards, those of a training step in plain steps.
+The figures are of each architecture's stock configuration, with the recommended head. Operations are counted: those of
+an explained forward in plain forwards, those of a training step in plain steps.
 
 | Model type | Images | Players | Explained forward | Training step |
 |---|---|---|---|---|

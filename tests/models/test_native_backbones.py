@@ -356,13 +356,18 @@ def test_a_structure_equals_each_coalition_alone(name, head):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("head", ["votes", "recommended"])
+@pytest.mark.parametrize(
+    "head, attention, precision",
+    [
+        ("recommended", "sdpa", "float32"),
+        ("recommended", "sdpa", "bfloat16"),
+        ("recommended", "sdpa", "autocast"),
+        ("votes", "eager", "float32"),
+    ],
+)
 def test_hidden_pixels_leak_exactly_nothing(case, head, attention, precision):
     """Changing the pixels of absent players leaves the value of those that are present alone, to the bit."""
-    if attention not in case.attentions:
-        return
+    attention = attention if attention in case.attentions else "eager"
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     ours = make_ours(case, head).to(dtype)
     ours.set_attn_implementation(attention)
