@@ -128,9 +128,6 @@ def test_too_large_pictures_are_refused(demo, classifier):
         demo.explain(classifier, encoded(Image.new("1", (5001, 5000))))
 
 
-<<<<<<< HEAD
-def test_a_non_picture_is_answered_by_the_library(demo, classifier, tmp_path):
-=======
 def test_refusals_are_said_in_place_of_maps(answers, tmp_path):
     """A picture that is refused leaves neither an error nor another picture's maps, but a reason and what to do."""
     broken, large, gone = tmp_path / "broken.png", tmp_path / "large.png", tmp_path / "gone.png"
@@ -150,7 +147,6 @@ def test_refusals_are_said_in_place_of_maps(answers, tmp_path):
 
 
 def test_file_without_picture_reaches_the_library(demo, answers, tmp_path):
->>>>>>> gradio
     """Gradio itself looks into no file that comes in: what it raised there left a blank page and no message."""
     path = tmp_path / "text.jpg"
     path.write_text("no picture")
@@ -480,14 +476,9 @@ def choose(page, name: str, label: str) -> None:
     page.get_by_role("option", name=label, exact=True).click()
 
 
-<<<<<<< HEAD
 def test_visitors_upload_ask_and_remove_patches(browser, url, examples):
     """A visitor uploads a picture, asks about labels, removes patches and puts them back."""
-    page = open_page(browser, url, examples[0])
-=======
-def test_a_visitor_uploads_a_picture_asks_about_labels_and_removes_patches(browser, url, examples):
     page = open_page(browser, url)
->>>>>>> gradio
     page.wait_for_selector("#map_a img")
     first = shown(page, "map_a")
     asked = answers_asked_for(page, "explain")
@@ -523,10 +514,6 @@ def test_a_visitor_uploads_a_picture_asks_about_labels_and_removes_patches(brows
     assert len(asked) == 1  # a second answer of the same picture would put all patches back, whenever it comes
 
 
-<<<<<<< HEAD
-def test_pictures_during_an_answer_are_not_lost(browser, url, examples):
-    """A picture that comes while another is answered is not lost."""
-=======
 @pytest.mark.skipif(TAKES_SCREENSHOT, reason="the screenshot is of another model")
 def test_page_opens_with_an_answered_example(browser, url, demo, classifier, examples):
     """The first example is explained and checked before a visitor does anything; the page says whose game it is."""
@@ -603,8 +590,8 @@ def test_narrow_screens_need_no_sideways_scrolling(browser, url):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_a_picture_that_comes_while_another_is_answered_is_not_lost(browser, url, demo, classifier, examples):
->>>>>>> gradio
+def test_pictures_during_an_answer_are_not_lost(browser, url, demo, classifier, examples):
+    """A picture that comes while another is answered is not lost."""
     page = browser.new_page()
     held = []
     page.route("**/queue/join*", lambda route: route.continue_() if held else held.append(route))
