@@ -58,7 +58,7 @@ class ShapleyConfigMixin(Config):
         influence_layers: blocks of the influence head, after its own layers. None: ViT 0, ConvNeXt 5. Without blocks
             and own layers there is no influence head: with `vote_readout="patches"` attributions are patches' votes.
         influence_block: "mlp" (each token by itself), "convolution" (narrow ConvNeXt layers, which mix tokens at
-            little cost) or "backbone" (ViT or ConvNeXt layers). None: ViT "mlp", ConvNeXt "convolution".
+            little cost) or "backbone" (layers of its kind). None: ViT "mlp", ConvNeXt "convolution".
         attribution_gradient: whether learning to be explained teaches the classifier what its patches say: the
             gradient of the attributions reaches its tokens and weights. For training from scratch; a checkpoint pays
             for it with accuracy. Without an influence head it always does.
