@@ -214,7 +214,7 @@ def test_every_map_has_its_verdict(demo, classifier, explanation):
 
 
 @pytest.mark.parametrize("error", [0.0, GOOD_ERROR, ROUGH_ERROR, 1.5, float("nan")])
-def test_verdicts_are_the_library_s_own(error, demo):
+def test_verdicts_are_the_librarys_own(error, demo):
     """Where good ends and rough ends is what the library says, as is a map of unknown error."""
     assert f">{verdict(error)}<" in demo.check_in_words(error, False)
     assert demo.ADVICE_ONCE_REFINED[verdict(error)] in demo.check_in_words(error, True)
@@ -290,7 +290,8 @@ def test_refined_maps_are_judged_by_other_draws(demo, classifier, explanation, m
 )
 def test_removals_are_compared_in_plain_words(said, did, word, demo, explanation):
     """After a removal each label says how far apart attributed and measured are, and what each of them says."""
-    assert "Remove patches" in demo.removal_in_words(explanation, 3)
+    names = list("0123456789")
+    assert "remove some" in demo.readout(explanation, names, [3, 4])
     removed = explanation.present.clone()
     removed[0, 0] = False
     maps = explanation.maps.clone()
@@ -299,7 +300,9 @@ def test_removals_are_compared_in_plain_words(said, did, word, demo, explanation
     found = demo.Findings(maps)
     values = explanation.values.clone()
     values[3] += did
-    text = demo.removal_in_words(demo.replace(explanation, found=found, present=removed, values=values), 3)
+    less = demo.replace(explanation, found=found, present=removed, values=values)
+    text = demo.removal_in_words(less, 3)
+    assert text in demo.readout(less, names, [3, 4]) and "remove some" not in demo.readout(less, names, [3, 4])
     assert demo.AGREEMENTS[word] + "</span>" in text
     assert all(number in text for number in (f"{abs(said - did):.2f} logits apart", f"{said:+.2f}", f"{did:+.2f}"))
 

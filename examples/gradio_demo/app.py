@@ -397,8 +397,9 @@ def readout(explanation: Explanation, names: Sequence[str], labels: Sequence[int
     def percent(value: float) -> float:
         return 100 * (value - low) / (high - low)
 
+    total, removed = explanation.present.numel(), int((~explanation.present).sum())
     rows = []
-    for label in dict.fromkeys(labels):
+    for label in labels:
         rows.append(f"<h4>Label “{escape(names[label])}”: logit</h4>")
         for stage, values in stages.items():
             value = values[label].item()
@@ -407,11 +408,12 @@ def readout(explanation: Explanation, names: Sequence[str], labels: Sequence[int
             zero = f'<div class="zero" style="left: {percent(0):.1f}%"></div>'
             rows.append(f'<span>{stage}</span><div class="track"><div class="fill" style="{fill}"></div>{zero}</div>')
             rows.append(f'<span class="number">{value:.2f}</span>')
-        rows.append(f'<div class="holds">{removal_in_words(explanation, label)}</div>')
-    total, removed = explanation.present.numel(), int((~explanation.present).sum())
+        if removed:
+            rows.append(f'<div class="holds">{removal_in_words(explanation, label)}</div>')
+    hint = "" if removed else ": remove some to see whether the maps tell what this does to the logits"
     likeliest = names[int(explanation.values.argmax())]
     return (
-        f'<div class="readout">{"".join(rows)}</div><p class="note">{removed} of {total} patches removed. '
+        f'<div class="readout">{"".join(rows)}</div><p class="note">{removed} of {total} patches removed{hint}. '
         f"The likeliest label is now <b>“{escape(likeliest)}”</b>. Attributed: base value + sum over the patches "
         "left. Measured: the model runs on the patches left alone. The two differ where patches act together, and "
         "where attributions are not exact.</p>"
@@ -420,8 +422,6 @@ def readout(explanation: Explanation, names: Sequence[str], labels: Sequence[int
 
 def removal_in_words(explanation: Explanation, label: int) -> str:
     """How far the attributions told what a removal does to a label's logit, as HTML."""
-    if explanation.present.all():
-        return "Remove patches to see whether the map tells what this does to the logit."
     logit = explanation.logits[label].item()
     said, did = (logit - values[label].item() for values in (explanation.attributed, explanation.values))
     apart, larger = abs(said - did), max(abs(said), abs(did))
