@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from common import RESULTS, write_result
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from hf_shapley import ShapleyTrainingArguments
 from hf_shapley.backbones import FAMILIES, Family
@@ -43,11 +45,24 @@ an explained forward in plain forwards, those of a training step in plain steps.
 """
 
 
+class Operations(TorchDispatchMode):
+    """Counts as torch's flop counter does, which cannot follow modules into a part without gradient."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=output)
+        return output
+
+
 def counted(run) -> int:
     """Operations of a call, its backward pass included."""
-    with FlopCounterMode(display=False) as counter:
+    # Fused attention on a CPU is not counted.
+    with sdpa_kernel(SDPBackend.MATH), Operations() as counter:
         run()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def pixels_of(model: nn.Module) -> Tensor:
