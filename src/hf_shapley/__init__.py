@@ -59,12 +59,12 @@ from .models.modeling_shapley_dinov2 import (
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
 from .models.modeling_shapley_vision_towers import (
-    ShapleyCLIPConfig,
     ShapleyCLIPForImageClassification,
-    ShapleyMetaClip2Config,
+    ShapleyCLIPVisionConfig,
     ShapleyMetaClip2ForImageClassification,
-    ShapleySiglipConfig,
+    ShapleyMetaClip2VisionConfig,
     ShapleySiglipForImageClassification,
+    ShapleySiglipVisionConfig,
 )
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
@@ -127,8 +127,8 @@ __all__ = [
     "ShapleyAnyConfig",
     "ShapleyBeitConfig",
     "ShapleyBeitForImageClassification",
-    "ShapleyCLIPConfig",
     "ShapleyCLIPForImageClassification",
+    "ShapleyCLIPVisionConfig",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
     "ShapleyConvNextV2Config",
@@ -147,12 +147,12 @@ __all__ = [
     "ShapleyIJepaForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
-    "ShapleyMetaClip2Config",
     "ShapleyMetaClip2ForImageClassification",
+    "ShapleyMetaClip2VisionConfig",
     "ShapleyModelCard",
     "ShapleyModelCardData",
-    "ShapleySiglipConfig",
     "ShapleySiglipForImageClassification",
+    "ShapleySiglipVisionConfig",
     "ShapleyTrainer",
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",

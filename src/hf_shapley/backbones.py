@@ -63,12 +63,12 @@ from .models.modeling_shapley_dinov2 import (
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
 from .models.modeling_shapley_vision_towers import (
-    ShapleyCLIPConfig,
     ShapleyCLIPForImageClassification,
-    ShapleyMetaClip2Config,
+    ShapleyCLIPVisionConfig,
     ShapleyMetaClip2ForImageClassification,
-    ShapleySiglipConfig,
+    ShapleyMetaClip2VisionConfig,
     ShapleySiglipForImageClassification,
+    ShapleySiglipVisionConfig,
 )
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
@@ -205,7 +205,7 @@ FAMILIES: dict[str, Family] = {
         _small_tokens,
     ),
     "clip": Family(
-        ShapleyCLIPConfig,
+        ShapleyCLIPVisionConfig,
         ShapleyCLIPForImageClassification,
         CLIPConfig,
         CLIPForImageClassification,
@@ -213,7 +213,7 @@ FAMILIES: dict[str, Family] = {
         _small_tower,
     ),
     "metaclip_2": Family(
-        ShapleyMetaClip2Config,
+        ShapleyMetaClip2VisionConfig,
         ShapleyMetaClip2ForImageClassification,
         MetaClip2Config,
         MetaClip2ForImageClassification,
@@ -221,7 +221,7 @@ FAMILIES: dict[str, Family] = {
         _small_tower,
     ),
     "siglip": Family(
-        ShapleySiglipConfig,
+        ShapleySiglipVisionConfig,
         ShapleySiglipForImageClassification,
         SiglipConfig,
         SiglipForImageClassification,

@@ -40,21 +40,21 @@ class TowerConfigMixin(TokenConfigMixin):
         return super()._fewest_weights({**(tower if isinstance(tower, dict) else {}), **stored})
 
 
-class ShapleyCLIPConfig(TowerConfigMixin, CLIPConfig):
+class ShapleyCLIPVisionConfig(TowerConfigMixin, CLIPConfig):
     """Configuration of `ShapleyCLIPForImageClassification`: `CLIPConfig` plus `ShapleyConfigMixin`."""
 
     model_type = "shapley-clip"
     plain_model_type = "clip"
 
 
-class ShapleyMetaClip2Config(TowerConfigMixin, MetaClip2Config):
+class ShapleyMetaClip2VisionConfig(TowerConfigMixin, MetaClip2Config):
     """Configuration of `ShapleyMetaClip2ForImageClassification`: `MetaClip2Config` plus `ShapleyConfigMixin`."""
 
     model_type = "shapley-metaclip_2"
     plain_model_type = "metaclip_2"
 
 
-class ShapleySiglipConfig(TowerConfigMixin, SiglipConfig):
+class ShapleySiglipVisionConfig(TowerConfigMixin, SiglipConfig):
     """Configuration of `ShapleySiglipForImageClassification`: `SiglipConfig` plus `ShapleyConfigMixin`."""
 
     model_type = "shapley-siglip"
@@ -144,10 +144,10 @@ class InfluenceCLIPLayer(TowerInfluenceLayer, clip.CLIPEncoderLayer):
 class ShapleyCLIPModel(clip.CLIPVisionModel):
     """The backbone of such a classifier, as `AutoModel` loads it: the stock vision tower, for its features."""
 
-    config_class = ShapleyCLIPConfig
+    config_class = ShapleyCLIPVisionConfig
     base_model_prefix = "vision_model"
 
-    def __init__(self, config: ShapleyCLIPConfig):
+    def __init__(self, config: ShapleyCLIPVisionConfig):
         super().__init__(config.vision_config)
 
 
@@ -157,7 +157,7 @@ class ShapleyCLIPForImageClassification(TowerClassifier, clip.CLIPPreTrainedMode
     Loads its own checkpoints and plain CLIP ones, whose predictions it keeps.
     """
 
-    config_class = ShapleyCLIPConfig
+    config_class = ShapleyCLIPVisionConfig
     features_class = ShapleyCLIPModel
     plain_tower = clip.CLIPVisionModel
     layer_class = ShapleyCLIPLayer
@@ -188,10 +188,10 @@ class InfluenceMetaClip2Layer(TowerInfluenceLayer, metaclip_2.MetaClip2EncoderLa
 class ShapleyMetaClip2Model(metaclip_2.MetaClip2VisionModel):
     """The backbone of such a classifier, as `AutoModel` loads it: the stock vision tower, for its features."""
 
-    config_class = ShapleyMetaClip2Config
+    config_class = ShapleyMetaClip2VisionConfig
     base_model_prefix = "vision_model"
 
-    def __init__(self, config: ShapleyMetaClip2Config):
+    def __init__(self, config: ShapleyMetaClip2VisionConfig):
         super().__init__(config.vision_config)
 
 
@@ -201,7 +201,7 @@ class ShapleyMetaClip2ForImageClassification(TowerClassifier, metaclip_2.MetaCli
     Loads its own checkpoints and plain MetaCLIP 2 ones, whose predictions it keeps.
     """
 
-    config_class = ShapleyMetaClip2Config
+    config_class = ShapleyMetaClip2VisionConfig
     features_class = ShapleyMetaClip2Model
     plain_tower = metaclip_2.MetaClip2VisionModel
     layer_class = ShapleyMetaClip2Layer
@@ -235,10 +235,10 @@ class InfluenceSiglipLayer(TowerInfluenceLayer, siglip.SiglipEncoderLayer):
 class ShapleySiglipModel(siglip.SiglipVisionModel):
     """The backbone of such a classifier, as `AutoModel` loads it: the stock vision tower, for its features."""
 
-    config_class = ShapleySiglipConfig
+    config_class = ShapleySiglipVisionConfig
     base_model_prefix = "vision_model"
 
-    def __init__(self, config: ShapleySiglipConfig):
+    def __init__(self, config: ShapleySiglipVisionConfig):
         super().__init__(config.vision_config)
 
 
@@ -248,7 +248,7 @@ class ShapleySiglipForImageClassification(TowerClassifier, siglip.SiglipPreTrain
     Loads its own checkpoints and plain SigLIP ones, whose predictions it keeps.
     """
 
-    config_class = ShapleySiglipConfig
+    config_class = ShapleySiglipVisionConfig
     features_class = ShapleySiglipModel
     plain_tower = siglip.SiglipVisionModel
     layer_class = ShapleySiglipLayer
@@ -258,12 +258,12 @@ class ShapleySiglipForImageClassification(TowerClassifier, siglip.SiglipPreTrain
     prefix = 0
 
 
-ShapleyCLIPConfig.register_for_auto_class()
+ShapleyCLIPVisionConfig.register_for_auto_class()
 ShapleyCLIPForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 ShapleyCLIPModel.register_for_auto_class("AutoModel")
-ShapleyMetaClip2Config.register_for_auto_class()
+ShapleyMetaClip2VisionConfig.register_for_auto_class()
 ShapleyMetaClip2ForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 ShapleyMetaClip2Model.register_for_auto_class("AutoModel")
-ShapleySiglipConfig.register_for_auto_class()
+ShapleySiglipVisionConfig.register_for_auto_class()
 ShapleySiglipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 ShapleySiglipModel.register_for_auto_class("AutoModel")
