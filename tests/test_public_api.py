@@ -19,6 +19,7 @@ INTERNAL_MODULES = {
     "models/stored_checkpoint",
     "models/stock_places",
     "models/token_backbone",
+    "models/window_backbone",
     "training/joint_loss",
     "training/sharing",
     "cli",
@@ -135,6 +136,7 @@ INTERNAL = {
         "ShapleyBeitModel",
         "restricted",
     },
+    "models/modeling_shapley_swin": {"InfluenceSwinLayer", "ShapleySwinLayer", "ShapleySwinMLP", "ShapleySwinModel"},
     "models/modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
     "models/pipeline_shapley": {
         "asked_of_the_game",

@@ -54,6 +54,7 @@ from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2WithRegistersForImageClassification,
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
+from .models.modeling_shapley_swin import ShapleySwinConfig, ShapleySwinForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
@@ -133,6 +134,8 @@ __all__ = [
     "ShapleyImageClassifierOutput",
     "ShapleyModelCard",
     "ShapleyModelCardData",
+    "ShapleySwinConfig",
+    "ShapleySwinForImageClassification",
     "ShapleyTrainer",
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",
