@@ -20,6 +20,7 @@ INTERNAL_MODULES = {
     "models/stored_checkpoint",
     "models/stock_places",
     "models/token_backbone",
+    "models/window_backbone",
     "training/joint_loss",
     "training/sharing",
     "cli",
@@ -170,6 +171,7 @@ INTERNAL = {
         "TowerInfluenceLayer",
         "TowerLayer",
     },
+    "models/modeling_shapley_swin": {"InfluenceSwinLayer", "ShapleySwinLayer", "ShapleySwinMLP", "ShapleySwinModel"},
     "models/modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
     "models/pipeline_shapley": {
         "asked_of_the_game",

@@ -58,6 +58,7 @@ from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2WithRegistersForImageClassification,
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
+from .models.modeling_shapley_swin import ShapleySwinConfig, ShapleySwinForImageClassification
 from .models.modeling_shapley_vision_towers import (
     ShapleyCLIPForImageClassification,
     ShapleyCLIPVisionConfig,
@@ -153,6 +154,8 @@ __all__ = [
     "ShapleyModelCardData",
     "ShapleySiglipForImageClassification",
     "ShapleySiglipVisionConfig",
+    "ShapleySwinConfig",
+    "ShapleySwinForImageClassification",
     "ShapleyTrainer",
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",

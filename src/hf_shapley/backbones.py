@@ -37,6 +37,8 @@ from transformers import (
     SiglipConfig,
     SiglipForImageClassification,
     SiglipImageProcessorPil,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -62,6 +64,7 @@ from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2WithRegistersForImageClassification,
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
+from .models.modeling_shapley_swin import ShapleySwinConfig, ShapleySwinForImageClassification
 from .models.modeling_shapley_vision_towers import (
     ShapleyCLIPForImageClassification,
     ShapleyCLIPVisionConfig,
@@ -100,6 +103,11 @@ def _small_cells(hidden_size: int, num_layers: int, image_size: Any, patch_size:
 
 def _small_scaled_cells(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
     return {**_small_cells(hidden_size, num_layers, image_size, patch_size), "layer_scale_init_value": 1.0}
+
+
+def _small_windows(hidden_size: int, num_layers: int, image_size: Any, patch_size: int) -> dict[str, Any]:
+    shape = {"embed_dim": hidden_size, "depths": [num_layers], "num_heads": [4], "window_size": 2}
+    return {**shape, "image_size": image_size, "patch_size": patch_size}
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,14 @@ FAMILIES: dict[str, Family] = {
         SiglipForImageClassification,
         SiglipImageProcessorPil,
         _small_tower,
+    ),
+    "swin": Family(
+        ShapleySwinConfig,
+        ShapleySwinForImageClassification,
+        SwinConfig,
+        SwinForImageClassification,
+        ViTImageProcessorPil,
+        _small_windows,
     ),
 }
 """By the model type of the plain checkpoint."""

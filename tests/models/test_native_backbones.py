@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -140,6 +141,40 @@ def cells_alone(stock, pixel_values, present):
     return stock.classifier(stock.base_model.layernorm(mean))
 
 
+def windows_alone(stock, pixel_values, present):
+    """The stock layers, each told window by window which of its cells may not be seen."""
+    state, size = stock.base_model.embeddings(pixel_values)
+    for stage in stock.base_model.encoder.layers:
+        for layer in stage.blocks:
+            hiding = hiding_from_windows(layer, layer.get_attn_mask, enlarged(present, size))
+            with patch.object(layer, "get_attn_mask", hiding):
+                state = layer(state, size)[0]
+        if stage.downsample is not None:
+            state, size = stage.downsample(state, size), (size[0] // 2, size[1] // 2)
+    cells = stock.base_model.layernorm(state)[:, present]
+    return stock.classifier(cells.sum(1) / max(1, cells.shape[1]))
+
+
+def hiding_from_windows(layer, stock_mask, there):
+    """The stock layer's mask of one image, with -inf where a key is an absent cell, and not the query's own."""
+
+    def mask_of(height, width, dtype, device):
+        side = layer.window_size
+        corners = [(row, column) for row in range(0, height, side) for column in range(0, width, side)]
+        mask = torch.zeros(len(corners), side * side, side * side)
+        for window, (top, left) in enumerate(corners):
+            for key in range(side * side):
+                row = (top + key // side + layer.shift_size) % height
+                column = (left + key % side + layer.shift_size) % width
+                if row < there.shape[0] and column < there.shape[1] and not there[row, column]:
+                    mask[window, :, key] = float("-inf")
+                    mask[window, key, key] = 0
+        stock = stock_mask(height, width, dtype, device)
+        return mask if stock is None else mask + stock
+
+    return mask_of
+
+
 @dataclass(frozen=True)
 class Case:
     """A stock classifier, and what of it is known from outside this package.
@@ -179,6 +214,8 @@ READ_BY_CLS = {
 }
 # Two stages, so that a player of 4 x 4 pixels has 2 x 2 cells in the first.
 CELLS = {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2, "patch_size": 2}
+# Windows of 2 cells, shifted by 1, tile the first stage's 6 x 6 and not the second's 3 x 3, which is padded.
+WINDOWS = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2, "drop_path_rate": 0.0}
 CASES = {
     "vit": Case("vit", 1, rest_of_vit),
     "deit": Case("deit", 2, rest_of_vit),
@@ -218,6 +255,13 @@ CASES = {
     "data2vec-vision, CLS": Case("data2vec-vision", 1, rest_of_data2vec, options=READ_BY_CLS, non_square=False),
     "convnext": Case("convnext", alone=cells_alone, options=CELLS, attentions=("eager",)),
     "convnextv2": Case("convnextv2", alone=cells_alone, options=CELLS, attentions=("eager",)),
+    "swin": Case("swin", alone=windows_alone, options=WINDOWS),
+    "swin, wide windows": Case(
+        "swin",
+        alone=windows_alone,
+        options={**WINDOWS, "window_size": 3, "use_absolute_embeddings": True},
+        non_square=False,
+    ),
 }
 
 
@@ -263,6 +307,11 @@ def pixels(batch: int = 2, height: int = 12, width: int = 12) -> torch.Tensor:
 
 def draw(batch: int = 2, structures: int = 1, num_players: int = PLAYERS) -> torch.Tensor:
     return sample_coalitions(batch, structures, num_players=num_players, generator=torch.Generator().manual_seed(2))
+
+
+def as_tokens(state: torch.Tensor) -> torch.Tensor:
+    """A stock hidden state, (B, T, D) or (B, D, h, w), as tokens (B, T, D)."""
+    return state if state.ndim == 3 else state.flatten(2).transpose(1, 2)
 
 
 @pytest.fixture(params=CASES)
@@ -335,11 +384,11 @@ def test_one_id_leaves_every_token_alone(name, case):
     """With one id everywhere, each player's token after the last layer is the stock model's, bit for bit."""
     ours, stock = pair(name, "votes")
     embeddings, states = ours.embed(pixels()), stock(pixels(), output_hidden_states=True).hidden_states
-    assert torch.equal(ours.tokens(embeddings, None), ours.tokens(states[0], None))
+    assert torch.equal(ours.tokens(embeddings, None), as_tokens(states[0]))
     state, rule = ours.enter(embeddings, (3, 3), torch.ones(2, 1, 1, PLAYERS, dtype=torch.bool))
     for block in ours.blocks():
         state = block(state, rule)
-    assert torch.equal(ours.tokens(state, rule), ours.tokens(states[-1], None))
+    assert torch.equal(ours.tokens(state, rule), as_tokens(states[-1]))
 
 
 @torch.no_grad()
@@ -453,6 +502,43 @@ def test_configurations_may_be_not_square(name, case):
     ours, stock = pair(name, image_size=(8, 16))
     images = pixels(2, 8, 16)
     torch.testing.assert_close(ours(images).logits, stock(images).logits, atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_small_images_leave_no_trace_in_windows():
+    """The stock Swin no longer shifts windows after an image that one covers; ours answers as a new stock one."""
+    ours, stock = pair("swin, wide windows", "recommended", use_absolute_embeddings=False)
+    small, large = pixels(), pixels(2, 24, 24)
+    expected = stock(large).logits
+    ours(small, output_hidden_states=True)
+    torch.testing.assert_close(ours(large).logits, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(ours(large, output_hidden_states=True).logits, expected, atol=2e-6, rtol=1e-5)
+    stock(small)
+    assert (stock(large).logits - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_maps_smaller_than_windows_are_refused():
+    """The stock Swin fails there, in the middle of its forward."""
+    ours, stock = pair("swin, wide windows", "recommended", use_absolute_embeddings=False)
+    with pytest.raises(RuntimeError, match="must match"):
+        stock(pixels(1, 8, 12))
+    with pytest.raises(ValueError, match="at least 3 players on each side"):
+        ours(pixels(1, 8, 12))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_heads": [3, 4]}, "width 16 of stage 1.*`num_heads`, got 3"),
+        ({"num_heads": [2]}, "must have 2 entries"),
+        ({"window_size": 0}, "`window_size`"),
+        ({"embed_dim": 0}, "`embed_dim`"),
+    ],
+)
+def test_shapes_of_no_swin_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        make_ours(CASES["swin"], **options)
 
 
 # Training

@@ -147,3 +147,28 @@ def absent_shares(members: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
 def ids_of(members: Tensor) -> Tensor:
     """Which coalition each player is in: bool (B, G, N), disjoint and covering all players -> long (B, N)."""
     return members.int().argmax(dim=1)
+
+
+def enlarged(maps: Tensor, scale: int) -> Tensor:
+    """(..., h, w) -> (..., scale h, scale w), each entry repeated."""
+    return maps.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
+def pair_of(size: Any) -> tuple[int, int]:
+    """(height, width) of a configuration's size, which may be one number for both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def chosen_states(states: tuple[Tensor, ...], chosen: Any) -> tuple[Tensor | None, ...] | None:
+    """Those of a stock model's hidden states that `output_hidden_states` asks for, as transformers gives them.
+
+    Args:
+        states: all of them.
+        chosen: True for all, or the places of some, where the others become None.
+    """
+    if not chosen:
+        return None
+    if isinstance(chosen, bool):
+        return states
+    places = {place % len(states) for place in ([chosen] if isinstance(chosen, int) else chosen)}
+    return tuple(state if place in places else None for place, state in enumerate(states))

@@ -125,13 +125,13 @@ class ShapleyConfigMixin(Config):
             sizes = value if isinstance(value, list | tuple) else [value]
             for size in [] if value is None else sizes:
                 check_count(size, name)
-            wanted = {"patch_size": 2, "image_size": 2, "hidden_sizes": None, "depths": None}
-            if isinstance(value, list | tuple) and len(value) != (wanted[name] or self.num_stages):
-                stages = "" if wanted[name] else ", one per stage (`num_stages`)"
-                raise ValueError(
-                    f"`{name}` must have {wanted[name] or self.num_stages} entries{stages}, got {list(value)}."
-                )
-        if getattr(self, "hidden_size", 0) % getattr(self, "num_attention_heads", 1):
+            wanted = {"patch_size": 2, "image_size": 2}
+            length = wanted.get(name) or getattr(self, "num_stages", None)
+            if isinstance(value, list | tuple) and length is not None and len(value) != length:
+                stages = "" if name in wanted else ", one per stage (`num_stages`)"
+                raise ValueError(f"`{name}` must have {length} entries{stages}, got {list(value)}.")
+        heads = getattr(self, "num_attention_heads", 1)
+        if isinstance(heads, int) and getattr(self, "hidden_size", 0) % heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_attention_heads` = {self.num_attention_heads}, "
                 f"got {self.hidden_size}."

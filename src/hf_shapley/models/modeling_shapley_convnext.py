@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.convnext.modeling_convnext import ConvNextLayer, ConvNextModel, ConvNextPreTrainedModel
 
-from .backbone import Backbone, Read, absent_shares, check_grid
+from .backbone import Backbone, Read, absent_shares, check_grid, enlarged
 from .coalitions import sum_over_coalitions
 from .configuration_shapley import ShapleyConvNextConfig
 from .heads import AttributionHead, coalition_adapters
@@ -150,9 +150,9 @@ class CellBackbone(Backbone):
         masks, absent, scale = {}, {}, features.shape[-1] // grid[1]
         shares = absent_shares(members, features.dtype)[1].view(-1, *grid) if len(self.coalition_adapters) else None
         while scale:
-            masks[scale * grid[1]] = _enlarged(maps, scale).unsqueeze(-1).to(dtype)
+            masks[scale * grid[1]] = enlarged(maps, scale).unsqueeze(-1).to(dtype)
             if shares is not None:
-                absent[scale * grid[1]] = _enlarged(shares, scale).unsqueeze(-1)
+                absent[scale * grid[1]] = enlarged(shares, scale).unsqueeze(-1)
             scale //= 2
         return features, CellRule(members, masks, absent)
 
@@ -203,11 +203,6 @@ class CellBackbone(Backbone):
 def _ruleless(layer: nn.Module) -> Callable[[Tensor, CellRule | None], Tensor]:
     """A layer that mixes no players, as a block."""
     return lambda features, rule: layer(features)
-
-
-def _enlarged(maps: Tensor, scale: int) -> Tensor:
-    """(..., h, w) -> (..., scale h, scale w), each entry repeated."""
-    return maps.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
 
 
 class ShapleyConvNextLayer(CellLayer, ConvNextLayer):

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
-from .backbone import Backbone, Read, absent_shares, check_grid, ids_of
+from .backbone import Backbone, Read, absent_shares, check_grid, chosen_states, ids_of, pair_of
 from .coalitions import sum_over_coalitions
 from .heads import AttributionHead, coalition_adapters
 from .speed import activated, are_plain, dtype_of_products, packed, read, unpacked
@@ -207,7 +207,7 @@ class TokenBackbone(Backbone):
 
     def grid_size(self, height: int, width: int, interpolate_pos_encoding: bool = False) -> tuple[int, int]:
         """Grid (h, w) of players for images of height x width pixels; raises if they do not fit."""
-        step, size = _pair(self.config.patch_size), _pair(self.config.image_size)
+        step, size = pair_of(self.config.patch_size), pair_of(self.config.image_size)
         if not (interpolate_pos_encoding or self.takes_any_size) and (height, width) != size:
             raise ValueError(
                 f"Images must be of {size} pixels (height, width), got ({height}, {width}): use the image processor, "
@@ -313,7 +313,7 @@ class TokenBackbone(Backbone):
         if not self.reads_prefix:
             nothing = torch.zeros(1, 1, self.config.hidden_size, dtype=self.dtype, device=self._input_device)
             return self.pool(nothing[:, :, None], nothing, None)[0, 0]
-        shape = (1, self.config.num_channels, *_pair(self.config.image_size))
+        shape = (1, self.config.num_channels, *pair_of(self.config.image_size))
         state = self.embed(torch.zeros(shape, device=self._input_device))[:, : self.prefix]
         for block in self.blocks():
             state = block(state, self.rule_of_none())
@@ -326,19 +326,11 @@ class TokenBackbone(Backbone):
         options = {**self._size_options(interpolate_pos_encoding), **wanted}
         outputs = self.stock(pixel_values, output_hidden_states=True, **options)
         states = outputs.hidden_states  # what enters the first layer, and what each layer gives, before the norm
-        kept: tuple[Tensor | None, ...] | None = states if chosen else None
-        if kept and not isinstance(chosen, bool):  # as transformers gives states by their places
-            places = {place % len(states) for place in ([chosen] if isinstance(chosen, int) else chosen)}
-            kept = tuple(state if place in places else None for place, state in enumerate(states))
-        recorded = {"hidden_states": kept, "attentions": outputs.attentions}
+        recorded = {"hidden_states": chosen_states(states, chosen), "attentions": outputs.attentions}
         return states[-1 - self.attribution_head.own_layers], states[-1], recorded
 
     def last_layers(self, count: int) -> tuple[Sequence[nn.Module], nn.Module]:
         return self.blocks()[-count:], self.final_norm()
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def mean_of_members(cells: Tensor | None, members: Tensor | None) -> Tensor:
