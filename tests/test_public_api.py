@@ -137,6 +137,7 @@ INTERNAL = {
         "restricted",
     },
     "models/modeling_shapley_swin": {"InfluenceSwinLayer", "ShapleySwinLayer", "ShapleySwinMLP", "ShapleySwinModel"},
+    "models/modeling_shapley_swinv2": {"InfluenceSwinv2Layer", "ShapleySwinv2Layer", "ShapleySwinv2Model"},
     "models/modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
     "models/pipeline_shapley": {
         "asked_of_the_game",

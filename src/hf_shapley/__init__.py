@@ -55,6 +55,7 @@ from .models.modeling_shapley_dinov2 import (
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
 from .models.modeling_shapley_swin import ShapleySwinConfig, ShapleySwinForImageClassification
+from .models.modeling_shapley_swinv2 import ShapleySwinv2Config, ShapleySwinv2ForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
@@ -136,6 +137,8 @@ __all__ = [
     "ShapleyModelCardData",
     "ShapleySwinConfig",
     "ShapleySwinForImageClassification",
+    "ShapleySwinv2Config",
+    "ShapleySwinv2ForImageClassification",
     "ShapleyTrainer",
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",

@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
+    Swinv2Config,
+    Swinv2ForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -51,6 +53,7 @@ from .models.modeling_shapley_dinov2 import (
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
 from .models.modeling_shapley_swin import ShapleySwinConfig, ShapleySwinForImageClassification
+from .models.modeling_shapley_swinv2 import ShapleySwinv2Config, ShapleySwinv2ForImageClassification
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
 
@@ -183,6 +186,14 @@ FAMILIES: dict[str, Family] = {
         ShapleySwinForImageClassification,
         SwinConfig,
         SwinForImageClassification,
+        ViTImageProcessorPil,
+        _small_windows,
+    ),
+    "swinv2": Family(
+        ShapleySwinv2Config,
+        ShapleySwinv2ForImageClassification,
+        Swinv2Config,
+        Swinv2ForImageClassification,
         ViTImageProcessorPil,
         _small_windows,
     ),
