@@ -172,6 +172,7 @@ INTERNAL = {
         "TowerLayer",
     },
     "models/modeling_shapley_swin": {"InfluenceSwinLayer", "ShapleySwinLayer", "ShapleySwinMLP", "ShapleySwinModel"},
+    "models/modeling_shapley_swinv2": {"InfluenceSwinv2Layer", "ShapleySwinv2Layer", "ShapleySwinv2Model"},
     "models/modeling_shapley_vit": {"InfluenceViTLayer", "ShapleyViTLayer", "ShapleyViTMLP", "ShapleyViTModel"},
     "models/pipeline_shapley": {
         "asked_of_the_game",

@@ -59,6 +59,7 @@ from .models.modeling_shapley_dinov2 import (
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
 from .models.modeling_shapley_swin import ShapleySwinConfig, ShapleySwinForImageClassification
+from .models.modeling_shapley_swinv2 import ShapleySwinv2Config, ShapleySwinv2ForImageClassification
 from .models.modeling_shapley_vision_towers import (
     ShapleyCLIPForImageClassification,
     ShapleyCLIPVisionConfig,
@@ -156,6 +157,8 @@ __all__ = [
     "ShapleySiglipVisionConfig",
     "ShapleySwinConfig",
     "ShapleySwinForImageClassification",
+    "ShapleySwinv2Config",
+    "ShapleySwinv2ForImageClassification",
     "ShapleyTrainer",
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",

@@ -39,6 +39,8 @@ from transformers import (
     SiglipImageProcessorPil,
     SwinConfig,
     SwinForImageClassification,
+    Swinv2Config,
+    Swinv2ForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -65,6 +67,7 @@ from .models.modeling_shapley_dinov2 import (
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
 from .models.modeling_shapley_swin import ShapleySwinConfig, ShapleySwinForImageClassification
+from .models.modeling_shapley_swinv2 import ShapleySwinv2Config, ShapleySwinv2ForImageClassification
 from .models.modeling_shapley_vision_towers import (
     ShapleyCLIPForImageClassification,
     ShapleyCLIPVisionConfig,
@@ -241,6 +244,14 @@ FAMILIES: dict[str, Family] = {
         ShapleySwinForImageClassification,
         SwinConfig,
         SwinForImageClassification,
+        ViTImageProcessorPil,
+        _small_windows,
+    ),
+    "swinv2": Family(
+        ShapleySwinv2Config,
+        ShapleySwinv2ForImageClassification,
+        Swinv2Config,
+        Swinv2ForImageClassification,
         ViTImageProcessorPil,
         _small_windows,
     ),

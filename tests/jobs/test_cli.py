@@ -302,7 +302,10 @@ def test_all_options_are_listed_with_their_defaults(given, rate, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert left.value.code == 0
     assert f"default: {rate})" in text.split(" --learning_rate LEARNING_RATE ")[-1].split(" --lr_scheduler_type ")[0]
-    assert "other defaults hold, which suit a small model of digits: output_dir outputs/digits, learning_rate 0.01" in text
+    assert (
+        "other defaults hold, which suit a small model of digits: output_dir outputs/digits, learning_rate 0.01"
+        in text
+    )
 
 
 def test_train_then_evaluate_on_digits(tmp_path, capsys):

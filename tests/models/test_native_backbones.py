@@ -262,6 +262,14 @@ CASES = {
         options={**WINDOWS, "window_size": 3, "use_absolute_embeddings": True},
         non_square=False,
     ),
+    "swinv2": Case("swinv2", alone=windows_alone, options=WINDOWS, attentions=("eager",)),
+    "swinv2, wide windows": Case(
+        "swinv2",
+        alone=windows_alone,
+        options={**WINDOWS, "window_size": 4, "pretrained_window_sizes": [3, 2]},
+        attentions=("eager",),
+        non_square=False,
+    ),
 }
 
 
