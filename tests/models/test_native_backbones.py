@@ -572,12 +572,11 @@ def test_gradient_checkpointing_leaves_gradients_alone(case):
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the first name is that of transformers 5.23
     calls = []
-    model.blocks()[0].register_forward_pre_hook(lambda *_: calls.append("layer"))
     next(part for part in model.blocks()[0].modules() if isinstance(part, nn.LayerNorm)).register_forward_hook(
         lambda *_: calls.append("norm")
     )
     found = gradients(model)
-    assert calls.count("norm") == 2 * calls.count("layer") == 4  # once more in the backward pass
+    assert len(calls) == 4  # in two forwards, and each once more in the backward pass
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)

@@ -79,7 +79,7 @@ class ShapleySwinForImageClassification(ShapleyImageClassifierMixin, WindowBackb
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the shared one, with the names that plain checkpoints have for weights: transformers goes by the type."""
+        """As the shared one; transformers knows by the plain model type what checkpoints call the weights."""
         renamings = get_checkpoint_conversion_mapping(cls.config_class.plain_model_type) or []
         names = {each.source_patterns[0]: each.target_patterns[0] for each in renamings}
         kwargs.setdefault("key_mapping", names)
