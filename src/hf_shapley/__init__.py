@@ -38,12 +38,16 @@ from .models.coalitions import (
 )
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .models.configuration_shapley_any import ShapleyAnyConfig
+from .models.configuration_shapley_clip import ShapleyCLIPConfig, ShapleySiglipConfig
 from .models.explaining import upsample_attributions
 from .models.heads import AttributionHead
+from .models.image_text import ShapleyImageTextOutput
+from .models.image_text_explaining import ImageTextExplanation
 from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
+from .models.modeling_shapley_clip import ShapleyCLIPModel
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_deit import ShapleyDeiTConfig, ShapleyDeiTForImageClassification
 from .models.modeling_shapley_dinov2 import (
@@ -53,11 +57,13 @@ from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2WithRegistersForImageClassification,
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
+from .models.modeling_shapley_siglip import ShapleySiglipModel
 from .models.modeling_shapley_vit import ShapleyViTForImageClassification
 from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNForImageClassification
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .models.posterior import verdict
+from .models.words import word_ids_of
 from .publishing.card_data import ShapleyModelCard, ShapleyModelCardData
 from .publishing.hub import push_to_hub
 from .publishing.model_card import render_model_card, write_model_card
@@ -109,11 +115,14 @@ __all__ = [
     "ExplanationRun",
     "FaithfulnessCorrelation",
     "Game",
+    "ImageTextExplanation",
     "InsertionDeletion",
     "RankingCurves",
+    "ShapleyAnyConfig",
     "ShapleyBeitConfig",
     "ShapleyBeitForImageClassification",
-    "ShapleyAnyConfig",
+    "ShapleyCLIPConfig",
+    "ShapleyCLIPModel",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
     "ShapleyDeiTConfig",
@@ -123,13 +132,16 @@ __all__ = [
     "ShapleyDinov2WithRegistersConfig",
     "ShapleyDinov2WithRegistersForImageClassification",
     "ShapleyEstimate",
+    "ShapleyForImageClassification",
     "ShapleyIJepaConfig",
     "ShapleyIJepaForImageClassification",
-    "ShapleyForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
+    "ShapleyImageTextOutput",
     "ShapleyModelCard",
     "ShapleyModelCardData",
+    "ShapleySiglipConfig",
+    "ShapleySiglipModel",
     "ShapleyTrainer",
     "ShapleyTrainingArguments",
     "ShapleyViTConfig",
@@ -194,6 +206,7 @@ __all__ = [
     "train_digits_model",
     "upsample_attributions",
     "verdict",
+    "word_ids_of",
     "write_model_card",
 ]
 
