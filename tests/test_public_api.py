@@ -78,6 +78,7 @@ INTERNAL = {
     "models/posterior": {"ShapleyPosterior", "coalitions_to_ask", "shapley_posterior"},
     "training/trainer": {"collate"},
     "training/digits": {"trainable"},
+    "training/image_text": {"word_coalitions"},
     "faithfulness/correlations": {"pearson"},
     "faithfulness/estimators": {"check_budget", "check_request", "covers_every_coalition", "exact_estimate"},
     "faithfulness/games": {

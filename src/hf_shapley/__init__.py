@@ -80,6 +80,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .data.digits import digits_dataset
+    from .data.scenes import scenes_dataset, scenes_tokenizer
     from .faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
     from .publishing.dataset_explanations import ExplanationRun, explain_dataset
     from .publishing.export import export_onnx, export_program
@@ -87,12 +88,14 @@ if TYPE_CHECKING:
     from .publishing.saved_explanations import load_explanations
     from .training.arguments import ShapleyTrainingArguments
     from .training.digits import train_digits_model
+    from .training.image_text import ShapleyImageTextTrainer, image_text_terms
     from .training.trainer import ShapleyTrainer
 
 # Loaded when first asked for: they need `datasets`, `evaluate`, the Trainer or the exporter, which whoever only
 # classifies and explains would wait for, and hold 100 MB of, in vain.
 _LAZY = {
     "data.digits": ["digits_dataset"],
+    "data.scenes": ["scenes_dataset", "scenes_tokenizer"],
     "publishing.dataset_explanations": ["ExplanationRun", "explain_dataset"],
     "publishing.saved_explanations": ["load_explanations"],
     "training.digits": ["train_digits_model"],
@@ -100,6 +103,7 @@ _LAZY = {
     "publishing.interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
     "faithfulness.evaluate_metrics": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],
     "training.arguments": ["ShapleyTrainingArguments"],
+    "training.image_text": ["ShapleyImageTextTrainer", "image_text_terms"],
     "training.trainer": ["ShapleyTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
@@ -138,6 +142,7 @@ __all__ = [
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
     "ShapleyImageTextOutput",
+    "ShapleyImageTextTrainer",
     "ShapleyModelCard",
     "ShapleyModelCardData",
     "ShapleySiglipConfig",
@@ -173,6 +178,7 @@ __all__ = [
     "faithfulness_correlation",
     "grid_pointing_game",
     "ids_to_coalitions",
+    "image_text_terms",
     "importance_weights",
     "infidelity",
     "insertion_deletion",
@@ -197,6 +203,8 @@ __all__ = [
     "render_model_card",
     "sample_coalitions",
     "sample_uniform_sizes",
+    "scenes_dataset",
+    "scenes_tokenizer",
     "sensitivity_n",
     "shapley_kernel_size_probabilities",
     "shapley_loss",

@@ -30,6 +30,7 @@ from hf_shapley import (
     sample_coalitions,
     word_ids_of,
 )
+from hf_shapley.models.heads import is_own_part
 
 PATCHES, WORDS = 9, 4
 SIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -192,12 +193,12 @@ def test_plain_weights_load_and_none_is_lost(name, tmp_path):
     stock.save_pretrained(tmp_path)
     ours, info = kind.model.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert all(key.startswith(("image_head.", "text_head.")) for key in info["missing_keys"])
+    assert all(key.startswith(("image_attribution_head.", "text_attribution_head.")) for key in info["missing_keys"])
     state = ours.state_dict()
     assert all(torch.equal(state[key], weight) for key, weight in stock.state_dict().items())
     found, expected = ours.eval()(pixel_values=pixels(), **texts(name)), stock(pixel_values=pixels(), **texts(name))
     assert torch.equal(found.logits_per_image, expected.logits_per_image)
-    own = ours.image_head.own_blocks[0].state_dict()
+    own = ours.image_attribution_head.own_blocks[0].state_dict()
     last = ours.vision_model.encoder.layers[-1].state_dict()
     assert all(torch.equal(own[key], weight) for key, weight in last.items())
     assert not ours.attributions_trained
@@ -471,7 +472,10 @@ def test_frozen_embeddings_leave_the_heads_to_learn(name):
     output = model(pixel_values=pixels(), **texts(name))
     (output.image_attributions[:, 0].sum() + output.text_attributions[:, 0].sum()).backward()
     learning = {key for key, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
-    assert learning == {"image_head.correction.weight", "text_head.correction.weight"}  # those that start at 0
+    assert learning == {
+        "image_attribution_head.correction.weight",
+        "text_attribution_head.correction.weight",
+    }  # those that start at 0
 
 
 def test_embeddings_learn_through_attributions_when_asked(name):
@@ -480,7 +484,7 @@ def test_embeddings_learn_through_attributions_when_asked(name):
         model = kind.model(kind.config(**sizes(kind), attribution_gradient=asked))
         output = model(pixel_values=pixels(), **texts(name))
         (output.image_attributions[:, 0].sum() + output.text_attributions[:, 0].sum()).backward()
-        stock = [weight.grad for key, weight in model.named_parameters() if "_head." not in key[:11]]
+        stock = [weight.grad for key, weight in model.named_parameters() if not is_own_part(key)]
         assert any(grad is not None and bool(grad.any()) for grad in stock) == asked
 
 

@@ -7,6 +7,7 @@ Psi (M, D) those of t_T the attributions of any image e are s Psi e, and s Phi P
 each word have to do with each other. Phi sums to e_all - e_empty and Psi to t_all - t_empty, by construction.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,7 +86,9 @@ class ImageTextMixin(ImageTextLoadingMixin):
 
     def complete(self) -> None:
         """Add the attribution heads to the stock model."""
-        self.image_head, self.text_head = (self._head(stock.config) for stock in (self.vision_model, self.text_model))
+        self.image_attribution_head, self.text_attribution_head = (
+            self._head(stock.config) for stock in (self.vision_model, self.text_model)
+        )
 
     def _head(self, config: PreTrainedConfig) -> AttributionHead:
         """The attribution head of the side that has this configuration."""
@@ -115,6 +118,7 @@ class ImageTextMixin(ImageTextLoadingMixin):
         word_ids: Tensor | None = None,
         image_coalitions: Tensor | None = None,
         text_coalitions: Tensor | None = None,
+        num_with_gradient: int | None = None,
         **kwargs: Any,
     ) -> ShapleyImageTextOutput:
         """Compare images and texts as the stock model does, attribute the embeddings and, if asked, play the games.
@@ -130,6 +134,7 @@ class ImageTextMixin(ImageTextLoadingMixin):
                 always there; see `word_ids_of`. None = each token between begin and end is a word.
             image_coalitions: bool (I, R, N): evaluate the embeddings of these coalitions and of their complements.
             text_coalitions: bool (J, R, M): the same of words; what is beyond a text's own words is ignored.
+            num_with_gradient: only the first so many images' and texts' coalitions are differentiated through.
             **kwargs: `output_hidden_states`, `output_attentions`.
 
         Returns:
@@ -140,33 +145,25 @@ class ImageTextMixin(ImageTextLoadingMixin):
         """
         images = self._image_tokens(pixel_values, interpolate_pos_encoding)
         texts = self._text_tokens(input_ids, attention_mask, word_ids, position_ids)
-        wanted = kwargs.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        stock = super().forward(
+        stock, image_branch, text_branch = self._stock_forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             return_loss=return_loss,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            output_hidden_states=True,
-            return_dict=True,
             **kwargs,
         )
-        left = -1 - self.config.influence_own_layers  # the head's own layers leave before the last ones
-        image_branch = stock.vision_model_output.hidden_states[left]
-        text_branch = stock.text_model_output.hidden_states[left]
-        if not wanted:
-            for name in ("vision_model_output", "text_model_output"):
-                stock[name] = _without_states(stock[name])
-        image_base = self._image_embeds(_first(images), _nobody(images, 1))[0, 0, 0]
+        image_base = self._image_embeds(_rows(images, slice(1)), _nobody(images, 1))[0, 0, 0]
         text_base = self._text_embeds(texts, _nobody(texts, len(input_ids)))[:, 0, 0]
         played = {}
-        if image_coalitions is not None:
-            members = _pairs(image_coalitions, "image_coalitions", images)
-            played["image_coalition_embeds"] = self._image_embeds(images, members)
-        if text_coalitions is not None:
-            members = _pairs(text_coalitions, "text_coalitions", texts)
-            played["text_coalition_embeds"] = self._text_embeds(texts, members)
+        for side, tokens, coalitions, embeds_of in (
+            ("image", images, image_coalitions, self._image_embeds),
+            ("text", texts, text_coalitions, self._text_embeds),
+        ):
+            if coalitions is not None:
+                members = _pairs(coalitions, f"{side}_coalitions", tokens)
+                played[f"{side}_coalition_embeds"] = _played(embeds_of, tokens, members, num_with_gradient)
         return ShapleyImageTextOutput(
             **stock,
             image_attributions=self._image_attributions(image_branch, stock.image_embeds, image_base),
@@ -176,9 +173,22 @@ class ImageTextMixin(ImageTextLoadingMixin):
             **played,
         )
 
+    def _stock_forward(self, **given: Any) -> tuple[CLIPOutput, Tensor, Tensor]:
+        """The stock model's output, and the tokens of both sides at which the heads' own layers leave."""
+        wanted = given.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        stock = super().forward(**given, output_hidden_states=True, return_dict=True)
+        names = ("vision_model_output", "text_model_output")
+        left = -1 - self.config.influence_own_layers
+        image_branch, text_branch = (stock[name].hidden_states[left] for name in names)
+        if not wanted:
+            for name in names:
+                kept = {key: value for key, value in stock[name].items() if key != "hidden_states"}
+                stock[name] = type(stock[name])(**kept)
+        return stock, image_branch, text_branch
+
     def _image_attributions(self, branch: Tensor, embeds: Tensor, base: Tensor) -> Tensor:
         """Phi: tokens (I, P + N, D') at which the head leaves, e_all (I, D), e_empty (D) -> (I, N, D)."""
-        head, everyone = self.image_head, _mask_for_head(None)
+        head, everyone = self.image_attribution_head, _mask_for_head(None)
         own = head.own_tokens(branch, everyone) if head.own_layers else branch
         deviations = at_least_float32(head.deviations(own[:, self.image_prefix :], embeds, everyone))
         gains = head.flowing(at_least_float32(embeds) - at_least_float32(base)).unsqueeze(1)
@@ -186,7 +196,7 @@ class ImageTextMixin(ImageTextLoadingMixin):
 
     def _text_attributions(self, branch: Tensor, texts: Tokens, embeds: Tensor, base: Tensor) -> Tensor:
         """Psi: tokens (J, T, D') at which the head leaves, t_all and t_empty (J, D) -> (J, M, D)."""
-        head, seen = self.text_head, texts.visible
+        head, seen = self.text_attribution_head, texts.visible
         if texts.causal and texts.read is not None:
             seen = seen & (torch.arange(seen.shape[1], device=seen.device) <= texts.read.unsqueeze(1))
         # Each word asks what those after it make of it too, so the head looks both ways.
@@ -250,6 +260,13 @@ class ImageTextMixin(ImageTextLoadingMixin):
         check_grid(grid, (step, step), (height, width))
         return grid
 
+    def word_counts(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, word_ids: Tensor | None = None
+    ) -> Tensor:
+        """How many words each text has, as `forward` takes texts: (J)."""
+        with torch.no_grad():
+            return self._text_tokens(input_ids, attention_mask, word_ids).players.amax(1) + 1
+
     def _text_tokens(
         self,
         input_ids: Tensor,
@@ -258,8 +275,7 @@ class ImageTextMixin(ImageTextLoadingMixin):
         position_ids: Tensor | None = None,
     ) -> Tokens:
         """Texts (J, T), checked, as what enters the layers."""
-        config = self.text_model.config
-        check_text(input_ids, attention_mask, config.max_position_embeddings, self.device)
+        check_text(input_ids, attention_mask, self.text_model.config.max_position_embeddings, self.device)
         read = self.read_places(input_ids)
         visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -288,10 +304,23 @@ def _nobody(tokens: Tokens, batch: int) -> Tensor:
     return torch.zeros(batch, 1, 1, tokens.num_players, dtype=torch.bool, device=tokens.players.device)
 
 
-def _first(tokens: Tokens) -> Tokens:
-    """The first image's tokens."""
-    read = None if tokens.read is None else tokens.read[:1]
-    return tokens._replace(states=tokens.states[:1], players=tokens.players[:1], visible=tokens.visible[:1], read=read)
+def _rows(tokens: Tokens, rows: slice) -> Tokens:
+    """Some of the images or texts."""
+    states, players, num_players, visible, read, causal = tokens
+    read = None if read is None else read[rows]
+    return Tokens(states[rows], players[rows], num_players, visible[rows], read, causal)
+
+
+def _played(
+    embeds_of: Callable[[Tokens, Tensor], Tensor], tokens: Tokens, members: Tensor, count: int | None
+) -> Tensor:
+    """Embeddings of coalitions bool (B, R, G, N), those of all but the first `count` rows without gradient."""
+    if count is None or count >= len(members):
+        return embeds_of(tokens, members)
+    first, others = slice(count), slice(count, None)
+    with torch.no_grad():
+        constant = embeds_of(_rows(tokens, others), members[others])
+    return torch.cat([embeds_of(_rows(tokens, first), members[first]), constant])
 
 
 def _pairs(coalitions: Tensor, name: str, tokens: Tokens) -> Tensor:
@@ -304,8 +333,3 @@ def _pairs(coalitions: Tensor, name: str, tokens: Tokens) -> Tensor:
         )
     check_device(coalitions, name, tokens.players.device)
     return torch.stack([coalitions, ~coalitions], dim=2)
-
-
-def _without_states(output: Any) -> Any:
-    """A stock model's output without its hidden states."""
-    return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from .heads import AttributionHead
+from .heads import AttributionHead, is_own_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -15,8 +15,8 @@ else:
 class ImageTextLoadingMixin(Model):
     """`from_pretrained`, and which weights learn."""
 
-    image_head: AttributionHead
-    text_head: AttributionHead
+    image_attribution_head: AttributionHead
+    text_attribution_head: AttributionHead
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -35,15 +35,15 @@ class ImageTextLoadingMixin(Model):
             kwargs["config"] = cls.config_class.of(kwargs["config"])
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, beyond its configuration,")):
-            lost = sorted(name for name in info[kind] if not is_of_head(name) and "position_ids" not in name)
+            lost = sorted(name for name in info[kind] if not is_own_part(name) and "position_ids" not in name)
             if lost:
                 raise OSError(
                     f"The checkpoint {str(pretrained_model_name_or_path)!r} {what} {len(lost)} weights of the stock "
                     f"model, such as {lost[:3]}: download or save it again, with the configuration it belongs to."
                 )
         for head, stock, norm in (
-            ("image_head", model.vision_model, model.vision_model.post_layernorm),
-            ("text_head", model.text_model, model.text_model.final_layer_norm),
+            ("image_attribution_head", model.vision_model, model.vision_model.post_layernorm),
+            ("text_attribution_head", model.text_model, model.text_model.final_layer_norm),
         ):
             if any(name.startswith(f"{head}.own_") for name in info["missing_keys"]):
                 layers = stock.encoder.layers[-model.config.influence_own_layers :]
@@ -53,16 +53,14 @@ class ImageTextLoadingMixin(Model):
     def freeze_embeddings(self) -> None:
         """Let the attribution heads alone learn from here on: embeddings and logits stay what they are."""
         self.requires_grad_(False)
-        self.image_head.requires_grad_(True)
-        self.text_head.requires_grad_(True)
+        self.image_attribution_head.requires_grad_(True)
+        self.text_attribution_head.requires_grad_(True)
 
     @property
     def attributions_trained(self) -> bool:
         """Whether training has reached both heads: their last layers start at zero."""
-        corrections = [head.get_parameter("correction.weight") for head in (self.image_head, self.text_head)]
+        corrections = [
+            head.get_parameter("correction.weight")
+            for head in (self.image_attribution_head, self.text_attribution_head)
+        ]
         return all(bool(weight.detach().any()) for weight in corrections)
-
-
-def is_of_head(name: str) -> bool:
-    """Whether a parameter of this name is an attribution head's, not the stock model's."""
-    return name.startswith(("image_head.", "text_head."))
