@@ -1,7 +1,10 @@
 """Models of image and text: stock outputs, games of patches and of words, exact sums, the patch x word matrix."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -225,7 +228,27 @@ def test_own_checkpoints_come_back_through_automodel(name, tmp_path):
     assert type(again) is KINDS[name].model
     found, expected = (model.explain_pair(pixels(), **texts(name)) for model in (again, ours))
     assert torch.equal(found, expected)
-    assert list(tmp_path.glob("modeling_shapley_*.py")) and (tmp_path / "token_structures.py").exists()
+
+
+def test_saved_code_answers_without_the_library(name, tmp_path):
+    """In a process that knows transformers alone, the code beside the weights gives the same matrix."""
+    ours, _ = pair(name)
+    ours.save_pretrained(tmp_path / "model")
+    given = {"pixel_values": pixels(1), "input_ids": full_text(name)[None]}
+    torch.save([given, ours.explain_pair(**given)], tmp_path / "asked.pt")
+    code = """
+import sys, torch
+from transformers import AutoModel
+folder = sys.argv[1]
+given, expected = torch.load(f"{folder}/asked.pt")
+model = AutoModel.from_pretrained(f"{folder}/model", trust_remote_code=True).eval()
+assert "hf_shapley" not in sys.modules
+torch.testing.assert_close(model.explain_pair(**given), expected, atol=1e-6, rtol=0)
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_plain_configuration_is_taken_as_ours(name):

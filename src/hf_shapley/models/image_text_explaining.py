@@ -41,6 +41,11 @@ class ImageTextExplanation(ModelOutput):
 class ImageTextExplainingMixin(ImageTextMixin):
     """`explain`, `explain_pair`, `image_game` and `text_game`."""
 
+    @property
+    def game_name(self) -> str:
+        """Whose game is explained, and what an absent player is, in words."""
+        return "the model's own, absent patches and words dropped"
+
     @torch.no_grad()
     def explain(
         self,
