@@ -38,12 +38,16 @@ from .models.coalitions import (
 )
 from .models.configuration_shapley import ShapleyConvNextConfig, ShapleyViTConfig
 from .models.configuration_shapley_any import ShapleyAnyConfig
+from .models.configuration_shapley_clip import ShapleyCLIPConfig, ShapleySiglipConfig
 from .models.explaining import upsample_attributions
 from .models.heads import AttributionHead
+from .models.image_text import ShapleyImageTextOutput
+from .models.image_text_explaining import ImageTextExplanation
 from .models.images import load_image, to_rgb
 from .models.modeling_shapley import ShapleyImageClassifierOutput
 from .models.modeling_shapley_any import ShapleyForImageClassification
 from .models.modeling_shapley_beit import ShapleyBeitConfig, ShapleyBeitForImageClassification
+from .models.modeling_shapley_clip import ShapleyCLIPModel
 from .models.modeling_shapley_convnext import ShapleyConvNextForImageClassification
 from .models.modeling_shapley_convnextv2 import ShapleyConvNextV2Config, ShapleyConvNextV2ForImageClassification
 from .models.modeling_shapley_data2vec_vision import (
@@ -58,6 +62,7 @@ from .models.modeling_shapley_dinov2 import (
     ShapleyDinov2WithRegistersForImageClassification,
 )
 from .models.modeling_shapley_ijepa import ShapleyIJepaConfig, ShapleyIJepaForImageClassification
+from .models.modeling_shapley_siglip import ShapleySiglipModel
 from .models.modeling_shapley_swin import ShapleySwinConfig, ShapleySwinForImageClassification
 from .models.modeling_shapley_swinv2 import ShapleySwinv2Config, ShapleySwinv2ForImageClassification
 from .models.modeling_shapley_vision_towers import (
@@ -73,6 +78,7 @@ from .models.modeling_shapley_vit_msn import ShapleyViTMSNConfig, ShapleyViTMSNF
 from .models.overlay import map_colours, overlay, place_map, processor_geometry, symmetric_scale
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .models.posterior import verdict
+from .models.words import word_ids_of
 from .publishing.card_data import ShapleyModelCard, ShapleyModelCardData
 from .publishing.hub import push_to_hub
 from .publishing.model_card import render_model_card, write_model_card
@@ -89,6 +95,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .data.digits import digits_dataset
+    from .data.scenes import scenes_dataset, scenes_tokenizer
     from .faithfulness.evaluate_metrics import AttributionAgreement, FaithfulnessCorrelation, InsertionDeletion
     from .publishing.dataset_explanations import ExplanationRun, explain_dataset
     from .publishing.export import export_onnx, export_program
@@ -96,12 +103,14 @@ if TYPE_CHECKING:
     from .publishing.saved_explanations import load_explanations
     from .training.arguments import ShapleyTrainingArguments
     from .training.digits import train_digits_model
+    from .training.image_text import ShapleyImageTextTrainer, image_text_terms
     from .training.trainer import ShapleyTrainer
 
 # Loaded when first asked for: they need `datasets`, `evaluate`, the Trainer or the exporter, which whoever only
 # classifies and explains would wait for, and hold 100 MB of, in vain.
 _LAZY = {
     "data.digits": ["digits_dataset"],
+    "data.scenes": ["scenes_dataset", "scenes_tokenizer"],
     "publishing.dataset_explanations": ["ExplanationRun", "explain_dataset"],
     "publishing.saved_explanations": ["load_explanations"],
     "training.digits": ["train_digits_model"],
@@ -109,6 +118,7 @@ _LAZY = {
     "publishing.interoperability": ["add_attributions", "as_shapiq_game", "captum_forward", "to_shap_explanation"],
     "faithfulness.evaluate_metrics": ["AttributionAgreement", "FaithfulnessCorrelation", "InsertionDeletion"],
     "training.arguments": ["ShapleyTrainingArguments"],
+    "training.image_text": ["ShapleyImageTextTrainer", "image_text_terms"],
     "training.trainer": ["ShapleyTrainer"],
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
@@ -124,12 +134,15 @@ __all__ = [
     "ExplanationRun",
     "FaithfulnessCorrelation",
     "Game",
+    "ImageTextExplanation",
     "InsertionDeletion",
     "RankingCurves",
     "ShapleyAnyConfig",
     "ShapleyBeitConfig",
     "ShapleyBeitForImageClassification",
+    "ShapleyCLIPConfig",
     "ShapleyCLIPForImageClassification",
+    "ShapleyCLIPModel",
     "ShapleyCLIPVisionConfig",
     "ShapleyConvNextConfig",
     "ShapleyConvNextForImageClassification",
@@ -149,11 +162,15 @@ __all__ = [
     "ShapleyIJepaForImageClassification",
     "ShapleyImageClassificationPipeline",
     "ShapleyImageClassifierOutput",
+    "ShapleyImageTextOutput",
+    "ShapleyImageTextTrainer",
     "ShapleyMetaClip2ForImageClassification",
     "ShapleyMetaClip2VisionConfig",
     "ShapleyModelCard",
     "ShapleyModelCardData",
+    "ShapleySiglipConfig",
     "ShapleySiglipForImageClassification",
+    "ShapleySiglipModel",
     "ShapleySiglipVisionConfig",
     "ShapleySwinConfig",
     "ShapleySwinForImageClassification",
@@ -190,6 +207,7 @@ __all__ = [
     "faithfulness_correlation",
     "grid_pointing_game",
     "ids_to_coalitions",
+    "image_text_terms",
     "importance_weights",
     "infidelity",
     "insertion_deletion",
@@ -214,6 +232,8 @@ __all__ = [
     "render_model_card",
     "sample_coalitions",
     "sample_uniform_sizes",
+    "scenes_dataset",
+    "scenes_tokenizer",
     "sensitivity_n",
     "shapley_kernel_size_probabilities",
     "shapley_loss",
@@ -223,6 +243,7 @@ __all__ = [
     "train_digits_model",
     "upsample_attributions",
     "verdict",
+    "word_ids_of",
     "write_model_card",
 ]
 

@@ -14,7 +14,10 @@ from transformers.utils import is_torchvision_available
 
 from .backbones import FAMILIES
 from .models.configuration_shapley_any import ShapleyAnyConfig
+from .models.configuration_shapley_clip import ShapleyCLIPConfig, ShapleySiglipConfig
 from .models.modeling_shapley_any import ShapleyForImageClassification
+from .models.modeling_shapley_clip import ShapleyCLIPModel
+from .models.modeling_shapley_siglip import ShapleySiglipModel
 from .models.pipeline_shapley import TASK, ShapleyImageClassificationPipeline
 from .publishing.hub import push_with_card
 
@@ -68,6 +71,9 @@ def register() -> None:
         AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
     AutoConfig.register(ShapleyAnyConfig.model_type, ShapleyAnyConfig, exist_ok=True)
     AutoModelForImageClassification.register(ShapleyAnyConfig, ShapleyForImageClassification, exist_ok=True)
+    for config, model in ((ShapleyCLIPConfig, ShapleyCLIPModel), (ShapleySiglipConfig, ShapleySiglipModel)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         TASK, ShapleyImageClassificationPipeline, pt_model=ModelForPipeline, type="image"
     )

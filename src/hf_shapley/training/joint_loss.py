@@ -74,19 +74,21 @@ class JointLossTrainer(SharingTrainer):
         outputs = model(**inputs, **structures, sums_only=True, num_with_gradient=learning)
         importance = importance_weights(coalitions, SIZES)
         terms = self.loss_terms(outputs, coalitions.shape[-1], labels, learning, importance, num_items_in_batch)
+        loss = self._weighted(terms)
+        return (loss, outputs) if return_outputs else loss
+
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        """The sum of a loss's terms, each with its weight; keeps them for the log."""
         weights = {
-            "classification": 1.0,
             "coalition": self.args.coalition_weight,
             "shapley": self.shapley_weight,
             "readout": self.shapley_weight,
         }
-        loss = sum(weights[name] * term for name, term in terms.items())
+        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
         for name, term in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term.detach()
             self._term_counts[name] += 1
-        if self.loss_is_scaled_for_ga:
-            loss = loss / self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
+        return loss / self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else loss
 
     def _evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch):
         """The stock classification loss, of probabilities too."""
@@ -196,21 +198,25 @@ class JointLossTrainer(SharingTrainer):
         height, width = self.accelerator.unwrap_model(model).grid_size(
             *pixel_values.shape[-2:], bool(inputs.get("interpolate_pos_encoding"))
         )
-        generator = torch.Generator(pixel_values.device)
+        total, mine = self._rows_of_draw(len(pixel_values), micro_step)
+        generator = self._generator(pixel_values.device)
+        draw = sample_coalitions(total, self.num_pairs, num_players=height * width, sizes=SIZES, generator=generator)
+        return draw[mine]
+
+    def _generator(self, device: torch.device, stream: int = 0) -> torch.Generator:
+        """Source of this step's coalitions, the same in every process."""
+        generator = torch.Generator(device)
         # The CPU generator reads the low 32 bits of a seed only.
-        generator.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) % 2**32)
+        return generator.manual_seed((self.args.seed * 1_000_003 + self.state.global_step + 7_919 * stream) % 2**32)
+
+    def _rows_of_draw(self, batch: int, micro_step: int) -> tuple[int, slice]:
+        """How many rows a draw for the global batch has, and which of them are this batch's."""
         # A data loader or collator of the caller's may make other batches than the arguments say.
-        rows = max(self._train_batch_size, len(pixel_values))
+        rows = max(self._train_batch_size, batch)
         place = micro_step * self.args.world_size + self.args.process_index
         places = self.args.world_size * self.current_gradient_accumulation_steps
-        draw = sample_coalitions(
-            rows * max(places, place + 1),  # a subclass may ask for the loss of a batch more than once
-            self.num_pairs,
-            num_players=height * width,
-            sizes=SIZES,
-            generator=generator,
-        )
-        return draw[place * rows : place * rows + len(pixel_values)]
+        # A subclass may ask for the loss of a batch more than once.
+        return rows * max(places, place + 1), slice(place * rows, place * rows + batch)
 
 
 def _learning_less(tensor: Tensor, share: float) -> Tensor:

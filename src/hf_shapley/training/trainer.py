@@ -61,7 +61,7 @@ class ShapleyTrainer(JointLossTrainer):
         if not isinstance(args, ShapleyTrainingArguments):
             raise TypeError(f"`args` must be ShapleyTrainingArguments, got {type(args).__name__}.")
         if model is not None:
-            check_shapley_model(model)
+            self._check_model(model)
         kwargs["data_collator"] = kwargs.get("data_collator") or collate
         super().__init__(model, args, **kwargs)
         if args.attribution_error_images and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
@@ -72,6 +72,10 @@ class ShapleyTrainer(JointLossTrainer):
         self._has_warned = False
         if self.compute_loss_func is not None:
             self.loss_is_scaled_for_ga = True
+
+    def _check_model(self, model: Any) -> None:
+        """Refuse a model that this trainer cannot train."""
+        check_shapley_model(model)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The stock optimizer, with parameter groups of the attribution head, which has its own learning rate."""
