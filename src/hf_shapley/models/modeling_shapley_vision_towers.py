@@ -141,7 +141,7 @@ class InfluenceCLIPLayer(TowerInfluenceLayer, clip.CLIPEncoderLayer):
     """A CLIP layer for the influence head."""
 
 
-class ShapleyCLIPModel(clip.CLIPVisionModel):
+class ShapleyCLIPVisionTower(clip.CLIPVisionModel):
     """The backbone of such a classifier, as `AutoModel` loads it: the stock vision tower, for its features."""
 
     config_class = ShapleyCLIPVisionConfig
@@ -158,7 +158,7 @@ class ShapleyCLIPForImageClassification(TowerClassifier, clip.CLIPPreTrainedMode
     """
 
     config_class = ShapleyCLIPVisionConfig
-    features_class = ShapleyCLIPModel
+    features_class = ShapleyCLIPVisionTower
     plain_tower = clip.CLIPVisionModel
     layer_class = ShapleyCLIPLayer
     influence_class = InfluenceCLIPLayer
@@ -185,7 +185,7 @@ class InfluenceMetaClip2Layer(TowerInfluenceLayer, metaclip_2.MetaClip2EncoderLa
     """A MetaCLIP 2 layer for the influence head."""
 
 
-class ShapleyMetaClip2Model(metaclip_2.MetaClip2VisionModel):
+class ShapleyMetaClip2VisionTower(metaclip_2.MetaClip2VisionModel):
     """The backbone of such a classifier, as `AutoModel` loads it: the stock vision tower, for its features."""
 
     config_class = ShapleyMetaClip2VisionConfig
@@ -202,7 +202,7 @@ class ShapleyMetaClip2ForImageClassification(TowerClassifier, metaclip_2.MetaCli
     """
 
     config_class = ShapleyMetaClip2VisionConfig
-    features_class = ShapleyMetaClip2Model
+    features_class = ShapleyMetaClip2VisionTower
     plain_tower = metaclip_2.MetaClip2VisionModel
     layer_class = ShapleyMetaClip2Layer
     influence_class = InfluenceMetaClip2Layer
@@ -232,7 +232,7 @@ class InfluenceSiglipLayer(TowerInfluenceLayer, siglip.SiglipEncoderLayer):
     """A SigLIP layer for the influence head."""
 
 
-class ShapleySiglipModel(siglip.SiglipVisionModel):
+class ShapleySiglipVisionTower(siglip.SiglipVisionModel):
     """The backbone of such a classifier, as `AutoModel` loads it: the stock vision tower, for its features."""
 
     config_class = ShapleySiglipVisionConfig
@@ -249,7 +249,7 @@ class ShapleySiglipForImageClassification(TowerClassifier, siglip.SiglipPreTrain
     """
 
     config_class = ShapleySiglipVisionConfig
-    features_class = ShapleySiglipModel
+    features_class = ShapleySiglipVisionTower
     plain_tower = siglip.SiglipVisionModel
     layer_class = ShapleySiglipLayer
     influence_class = InfluenceSiglipLayer
@@ -260,10 +260,10 @@ class ShapleySiglipForImageClassification(TowerClassifier, siglip.SiglipPreTrain
 
 ShapleyCLIPVisionConfig.register_for_auto_class()
 ShapleyCLIPForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-ShapleyCLIPModel.register_for_auto_class("AutoModel")
+ShapleyCLIPVisionTower.register_for_auto_class("AutoModel")
 ShapleyMetaClip2VisionConfig.register_for_auto_class()
 ShapleyMetaClip2ForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-ShapleyMetaClip2Model.register_for_auto_class("AutoModel")
+ShapleyMetaClip2VisionTower.register_for_auto_class("AutoModel")
 ShapleySiglipVisionConfig.register_for_auto_class()
 ShapleySiglipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-ShapleySiglipModel.register_for_auto_class("AutoModel")
+ShapleySiglipVisionTower.register_for_auto_class("AutoModel")
