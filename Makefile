@@ -28,7 +28,7 @@ HOOKS := __dir__,__getattr__,_compute,_forward,_info,_init_weights,_issue_warnin
 	accepts_loss_kwargs,card_data_class,compute_metrics,default_template_path,do_*,exception,handle_*,hub_private_repo,$\
 	head,keys_to_ignore_at_inference,log_message,loss_is_scaled_for_ga,on_*,protocol_version,pytestmark,pytest_*,$\
 	remove_unused_columns,_save_optimizer_and_scheduler,setup_context,supports_gradient_checkpointing,__class__,$\
-	intra_op_num_threads,generate_vmap_rule
+	intra_op_num_threads,generate_vmap_rule,can_return_loss,pre_tokenizer,post_processor
 
 # A server that finds its handlers by address, what tests run as processes of their own, and what transformers' tests ask.
 CALLED_BY_NAME := */tests/hub_*.py,*/benchmarks/model_tester.py
