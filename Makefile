@@ -24,11 +24,13 @@ BIN := $(VENV)/bin
 SOURCES := src tests $(wildcard examples benchmarks)
 
 # Names that Hugging Face, torch or Python calls, not we.
-HOOKS := __dir__,__getattr__,_compute,_forward,_info,_init_weights,_issue_warnings_after_load,_sanitize_parameters,$\
-	accepts_loss_kwargs,can_return_loss,card_data_class,compute_metrics,convnextv2,default_template_path,do_*,exception,handle_*,hub_private_repo,$\
-	head,input_modalities,keys_to_ignore_at_inference,log_message,main_input_name,momentum,pre_tokenizer,post_processor,save_strategy,loss_is_scaled_for_ga,on_*,protocol_version,pytestmark,pytest_*,$\
-	remove_unused_columns,_save_optimizer_and_scheduler,set_shift_and_window_size,setup_context,sub_configs,supports_gradient_checkpointing,__class__,$\
-	intra_op_num_threads,generate_vmap_rule
+HOOKS := __class__,__dir__,__getattr__,_compute,_forward,_info,_init_weights,_issue_warnings_after_load,$\
+	_sanitize_parameters,_save_optimizer_and_scheduler,accepts_loss_kwargs,can_return_loss,card_data_class,$\
+	compute_metrics,convnextv2,default_template_path,do_*,exception,generate_vmap_rule,handle_*,head,hub_private_repo,$\
+	input_modalities,intra_op_num_threads,keys_to_ignore_at_inference,log_message,loss_is_scaled_for_ga,$\
+	main_input_name,momentum,on_*,post_processor,pre_tokenizer,protocol_version,pytest_*,pytestmark,$\
+	remove_unused_columns,save_strategy,set_shift_and_window_size,setup_context,sub_configs,$\
+	supports_gradient_checkpointing
 
 # A server that finds its handlers by address, what tests run as processes of their own, and what transformers' tests ask.
 CALLED_BY_NAME := */tests/hub_*.py,*/benchmarks/model_tester.py

@@ -593,6 +593,20 @@ def test_impossible_heads_are_refused(name, options, message):
         kind.config(**sizes(kind), **options)
 
 
+@torch.no_grad()
+def test_a_heads_options_go_with_a_checkpoint(name, tmp_path):
+    """Options beside a plain checkpoint, with its configuration or without; those that make no sense are refused."""
+    kind, (_, stock) = KINDS[name], pair(name)
+    stock.save_pretrained(tmp_path)
+    for given in ({}, {"config": stock.config}):
+        ours = kind.model.from_pretrained(tmp_path, influence_layers=1, influence_own_layers=2, **given)
+        assert len(ours.text_attribution_head.own_blocks) == 2 and ours.config.influence_layers == 1
+        with pytest.raises(ValueError, match="at most 2, the layers"):
+            kind.model.from_pretrained(tmp_path, influence_own_layers=3, **given)
+    unmoved = stock(pixel_values=pixels(), **texts(name)).image_embeds
+    assert torch.equal(ours.eval()(pixel_values=pixels(), **texts(name)).image_embeds, unmoved)
+
+
 def test_other_and_damaged_checkpoints_are_refused(name, tmp_path):
     kind, (_, stock) = KINDS[name], pair(name)
     other = next(each for key, each in KINDS.items() if key != name)

@@ -45,7 +45,7 @@ def make_trainer(tmp_path, name: str, model=None, **options) -> ShapleyImageText
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
-        save_strategy="no",
+        save_strategy=options.pop("save_strategy", "no"),
         per_device_train_batch_size=8,
         logging_steps=1,
         **options,
@@ -246,10 +246,8 @@ def test_what_it_cannot_train_is_refused(tmp_path):
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     whole = make_trainer(tmp_path / "whole", "clip", num_train_epochs=2)
     whole.train()
-    options = {"num_train_epochs": 2, "save_steps": 3}
-    stopped = make_trainer(tmp_path / "stopped", "clip", **options)
-    stopped.args.save_strategy = "steps"
-    stopped.train()
+    options = {"num_train_epochs": 2, "save_steps": 3, "save_strategy": "steps"}
+    make_trainer(tmp_path / "stopped", "clip", **options).train()
     resumed = make_trainer(tmp_path / "stopped", "clip", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
     for key, weight in whole.model.state_dict().items():

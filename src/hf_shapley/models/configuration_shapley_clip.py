@@ -39,7 +39,7 @@ class SideOptions:
     has_influence_head: ClassVar[bool] = True
 
     def check_head(self) -> None:
-        """Nothing: the model's configuration has asked."""
+        """Nothing is left to refuse: `side_options` has asked."""
 
 
 @dataclass(repr=False)
@@ -96,7 +96,8 @@ class ImageTextConfigMixin(Config):
             )
 
     def side_options(self, side: PreTrainedConfig) -> SideOptions:
-        """The options of the head of the side that has this configuration."""
+        """The options of the head of the side that has this configuration; refuses those of no head."""
+        self.check_head()  # options can be set after creation
         return SideOptions(
             self.influence_own_layers,
             self.influence_layers,

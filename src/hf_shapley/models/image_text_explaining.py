@@ -149,7 +149,8 @@ class ImageTextExplainingMixin(ImageTextMixin):
     def _logits(self, images: Tensor, texts: Tensor) -> Tensor:
         """v of embeddings, (..., D) and (K, D) -> (..., K)."""
         logits = self._scale() * at_least_float32(images) @ at_least_float32(texts).T
-        return logits + at_least_float32(self.logit_bias) if hasattr(self, "logit_bias") else logits
+        bias = getattr(self, "logit_bias", None)  # SigLIP's
+        return logits if bias is None else logits + at_least_float32(bias)
 
     def image_game(
         self,

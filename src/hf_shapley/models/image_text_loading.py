@@ -1,9 +1,11 @@
 """Loading models of image and text, from plain checkpoints and ours, and what learns of them."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from .configuration_shapley_clip import ImageTextConfigMixin
 from .heads import AttributionHead, is_own_part
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ class ImageTextLoadingMixin(Model):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         if isinstance(kwargs.get("config"), PreTrainedConfig):
-            kwargs["config"] = cls.config_class.of(kwargs["config"])
+            options = {option.name for option in fields(ImageTextConfigMixin)} & kwargs.keys()
+            kwargs["config"] = cls.config_class.of(kwargs["config"], **{name: kwargs.pop(name) for name in options})
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, beyond its configuration,")):
             lost = sorted(name for name in info[kind] if not is_own_part(name) and "position_ids" not in name)

@@ -64,6 +64,7 @@ class ShapleyImageTextTrainer(ShapleyTrainer):
         played = {"image_coalitions": patches, "text_coalitions": words, "num_with_gradient": learning}
         outputs = model(**{**inputs, "return_loss": True}, **played)
         whole = self.accelerator.unwrap_model(model)
+        bias = getattr(whole, "logit_bias", None)  # SigLIP's, of texts that do not exclude each other
         terms = image_text_terms(
             outputs,
             patches,
@@ -71,7 +72,7 @@ class ShapleyImageTextTrainer(ShapleyTrainer):
             importance=(importance_weights(patches, SIZES), importance),
             num_words=counts,
             scale=whole.logit_scale.detach().exp(),
-            bias=whole.logit_bias.detach() if hasattr(whole, "logit_bias") else None,
+            bias=None if bias is None else bias.detach(),
             value_gradient=self.value_gradient,
             num_with_gradient=learning,
         )
