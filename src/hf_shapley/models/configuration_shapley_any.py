@@ -26,7 +26,7 @@ LABEL_ENTRIES = ("id2label", "label2id", "problem_type")
 class ShapleyAnyConfig(ShapleyConfigMixin, PreTrainedConfig):
     """Configuration of `ShapleyForImageClassification`: a stock classifier's, and what a painted game needs.
 
-    Args:
+    Attributes:
         stock_config: of the stock classifier, or its entries. Its labels are this configuration's.
         image_size: height and width of the images, pixels, or both in one. None = what the stock configuration says,
             or the checkpoint's image processor, or 224.
@@ -36,8 +36,9 @@ class ShapleyAnyConfig(ShapleyConfigMixin, PreTrainedConfig):
             normalises.
         hidden_act: activation of the influence head.
         initializer_range: standard deviation of the influence head's first weights.
-        **kwargs: those of `ShapleyConfigMixin` and `PreTrainedConfig`. There are neither own layers nor adapters, and
-            the classifier reads what the stock one reads (`vote_readout="pooled"`).
+
+    There are neither own layers nor adapters, and the classifier reads what the stock one reads: `vote_readout="pooled"`
+    alone.
     """
 
     model_type = "shapley-any"

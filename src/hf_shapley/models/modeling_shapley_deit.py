@@ -18,7 +18,7 @@ from .token_backbone import InfluenceLayer, PreNormLayer, TokenBackbone, TokenML
 class ShapleyDeiTConfig(TokenConfigMixin, DeiTConfig):
     """Configuration of `ShapleyDeiTForImageClassification`: `DeiTConfig` plus `ShapleyConfigMixin`.
 
-    Args:
+    Attributes:
         distilled: whether the classifier reads the distillation token too, as `DeiTForImageClassificationWithTeacher`
             does. None = as the checkpoint's `architectures` say.
     """
