@@ -37,8 +37,8 @@ class ShapleyAnyConfig(ShapleyConfigMixin, PreTrainedConfig):
         hidden_act: activation of the influence head.
         initializer_range: standard deviation of the influence head's first weights.
 
-    There are neither own layers nor adapters, and the classifier reads what the stock one reads: `vote_readout="pooled"`
-    alone.
+    There are neither own layers nor adapters, and the classifier reads what the stock one reads,
+    `vote_readout="pooled"`.
     """
 
     model_type = "shapley-any"
