@@ -669,8 +669,9 @@ def test_the_defaults_are_the_own_game_runs():
     assert config == {name: getattr(ShapleyViTConfig(), name) for name in config}
 
 
-def test_the_page_of_backbones_is_its_result_files():
+def test_the_page_of_backbones_is_its_result_files(monkeypatch):
     """It is what the benchmark would write, and has every backbone of the table."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("backbones_benchmark", ROOT / "benchmarks" / "backbones.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
